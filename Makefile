@@ -1,0 +1,48 @@
+# Each target sets up what it needs: a .venv with the versions of constraints.txt.
+PYTHON ?= python3
+CORES ?= 2
+BIN = .venv/bin
+SHELL = /bin/bash
+
+.PHONY: help demo test test-fast lint format bench-tally clean
+
+help:
+	@echo "make demo       draw a demo cohort, train two small networks, evaluate them (about 6 minutes on 2 cores)"
+	@echo "make test       all tests;  make test-fast: the inner loop, under 2 minutes"
+	@echo "make lint       ruff, snakefmt, snakemake --lint;  make format: let them mend what they can"
+	@echo "make bench-tally  time the tally of a full-size patient beside scikit-learn"
+	@echo "make clean      remove the demo's data and results"
+
+.venv/ready: pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit("segtrust needs Python 3.11 or newer; try make PYTHON=python3.11") if sys.version_info < (3, 11) else None'
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[test,lint,slurm]'
+	touch $@
+
+demo: .venv/ready
+	test -e demo/patients.tsv || $(BIN)/segtrust phantom demo --patients 32 --shape 64 72 56 --seed 1 --train 16 --validation 4
+	$(BIN)/segtrust run . --profile local --cores $(CORES)
+	@echo "Report: results/report/index.html    Tables: results/<model>/cohort/"
+
+test: .venv/ready
+	$(BIN)/python -m pytest -n $(CORES) --dist worksteal
+
+test-fast: .venv/ready
+	$(BIN)/python -m pytest -n $(CORES) --dist worksteal -m 'not slow'
+
+lint: .venv/ready
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/snakefmt --check Snakefile workflow
+	$(BIN)/python -m pytest -q tests/test_lint.py
+
+format: .venv/ready
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/snakefmt Snakefile workflow
+
+bench-tally: .venv/ready
+	$(BIN)/python benchmarks/tally.py
+
+clean:
+	rm -rf demo results logs .snakemake

@@ -1,0 +1,34 @@
+"""segtrust: can the confidence of a brain-tumour segmentation model be trusted, region by region?
+
+patients.tsv                              checkpoint, bundle or training settings
+    │                                               │
+preprocess ──► train (where a model is trained here)│
+    └────────► sample ◄─────────────────────────────┘     gather ◄── predictions made elsewhere
+                  └────────────► moments ◄───────────────────┘
+                          ┌─────────┴─────────┐
+                        maps               voxels ──► tally ──► cohort ──► report
+"""
+
+if not workflow.overwrite_configfiles:
+
+    configfile: "config.yaml"
+
+
+include: "workflow/rules/common.smk"
+include: "workflow/rules/preprocess.smk"
+include: "workflow/rules/train.smk"
+include: "workflow/rules/sample.smk"
+include: "workflow/rules/gather.smk"
+include: "workflow/rules/maps.smk"
+include: "workflow/rules/voxels.smk"
+include: "workflow/rules/tally.smk"
+include: "workflow/rules/cohort.smk"
+include: "workflow/rules/report.smk"
+
+
+rule all:
+    default_target: True
+    input:
+        every_map(),
+        every_cohort(),
+        "results/report/index.html",

@@ -1,0 +1,91 @@
+"""The command `segtrust`: start a study, run it, draw phantoms."""
+
+import argparse
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+from segtrust.config import ROOT
+from segtrust.errors import SegtrustError
+from segtrust.files import replacing
+
+SPLITS = ("train", "validation", "calibration")
+
+
+def main(arguments=None):
+    """Run the command line; returns the exit status."""
+    parser = _parser()
+    # what `run` does not know is for Snakemake
+    options, rest = parser.parse_known_args(arguments)
+    if rest and options.command != "run":
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    try:
+        return {"init": _init, "run": _run, "phantom": _phantom}[options.command](options, rest)
+    except SegtrustError as error:
+        print(f"segtrust {options.command}: {error}", file=sys.stderr)
+        return 1
+
+
+def _parser():
+    parser = argparse.ArgumentParser(prog="segtrust", description=__doc__)
+    commands = parser.add_subparsers(dest="command", required=True)
+
+    init = commands.add_parser("init", help="write patients.tsv and config.yaml for a data folder")
+    init.add_argument("folder", help="a cohort in BraTS, Medical Segmentation Decathlon or nnU-Net layout")
+    init.add_argument("study", nargs="?", default=".", help="where to write (default: here)")
+    init.add_argument("--coding", help="what label codes mean, where file names cannot tell (brats2024)")
+    init.add_argument("--force", action="store_true", help="replace files that are there")
+
+    run = commands.add_parser(
+        "run",
+        help="run a study; prints the Snakemake command and executes it",
+        epilog="Further options go to Snakemake, such as -n (dry run) or --cores 4.",
+    )
+    run.add_argument("study", nargs="?", default=".", help="folder with config.yaml (default: here)")
+    run.add_argument("--profile", default="local", help="local, slurm, or the path of a Snakemake profile")
+
+    phantom = commands.add_parser("phantom", help="draw a cohort of synthetic patients in BraTS 2021 files")
+    phantom.add_argument("folder")
+    phantom.add_argument("--patients", type=int, required=True, help="how many")
+    phantom.add_argument("--shape", type=int, nargs=3, default=(240, 240, 155), metavar=("X", "Y", "Z"), help="voxels of 1 mm")
+    phantom.add_argument("--seed", type=int, default=0)
+    for split in SPLITS:
+        phantom.add_argument(f"--{split}", type=int, default=0, help=f"how many of them have split {split}")
+    return parser
+
+
+def _init(options, _):
+    from segtrust.study_files import start_study
+
+    print(start_study(options.folder, options.study, options.coding, options.force))
+    return 0
+
+
+def _run(options, rest):
+    study = Path(options.study).resolve()
+    if not (study / "config.yaml").is_file():
+        raise SegtrustError(f"no config.yaml in {study}; start a study with `segtrust init FOLDER`")
+    profile = Path(options.profile) if os.sep in options.profile else ROOT / "profiles" / options.profile
+    if not (profile / "config.yaml").is_file():
+        known = ", ".join(sorted(path.parent.name for path in ROOT.glob("profiles/*/config.yaml")))
+        raise SegtrustError(f"no profile {profile}; known are {known}, or give the path of a folder with a config.yaml")
+    snakemake = shutil.which("snakemake", path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}")
+    command = [
+        *(snakemake, "--snakefile", str(ROOT / "Snakefile")),
+        *("--workflow-profile", str(profile.resolve()), "--directory", str(study)),
+        *rest,
+    ]
+    print(shlex.join(command), flush=True)
+    return subprocess.run(command, check=False).returncode
+
+
+def _phantom(options, _):
+    from segtrust.phantoms import write_cohort
+
+    splits = {split: getattr(options, split) for split in SPLITS}
+    sheet = write_cohort(options.folder, options.patients, tuple(options.shape), options.seed, splits)
+    print(f"{options.patients} patients drawn; the sheet is {sheet}")
+    return 0

@@ -1,0 +1,73 @@
+"""Reading and writing of result files: always under another name first, then renamed into place."""
+
+import json
+import os
+from contextlib import contextmanager
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+PROVENANCE_KEY = b"segtrust"
+
+
+@contextmanager
+def replacing(path):
+    """Yield a path to write to; rename it to `path` when the block ends well, remove it otherwise.
+
+    The temporary file stands beside the final one, so that the renaming is atomic, and keeps its ending, which
+    some writers need. A reader never sees half a file.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".partial-{os.getpid()}-{path.name}")
+    try:
+        yield partial
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def canonical_json(value):
+    """Return the one JSON text of a value: sorted keys, no spaces, no NaN."""
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False)
+
+
+def write_json(path, value):
+    """Write a value as indented JSON with sorted keys."""
+    with replacing(path) as partial:
+        partial.write_text(json.dumps(value, indent=2, sort_keys=True, allow_nan=False) + "\n", encoding="utf-8")
+
+
+def read_json(path):
+    """Return the value in a JSON file."""
+    return json.loads(Path(path).read_text(encoding="utf-8"))
+
+
+def write_parquet(path, table, provenance, **options):
+    """Write a pyarrow Table with its provenance (a JSON-able dict) in the schema's metadata.
+
+    options : further arguments of `pyarrow.parquet.write_table`
+    """
+    metadata = {**(table.schema.metadata or {}), PROVENANCE_KEY: canonical_json(provenance).encode()}
+    with replacing(path) as partial:
+        pq.write_table(table.replace_schema_metadata(metadata), partial, compression="zstd", **options)
+
+
+def read_parquet(path, columns=None):
+    """Return (pyarrow Table, provenance dict) of a file written by `write_parquet`."""
+    table = pq.read_table(path, columns=columns, partitioning=None)
+    return table, provenance_of(table.schema)
+
+
+def provenance_of(schema):
+    """Return the provenance dict that a pyarrow schema carries."""
+    return json.loads((schema.metadata or {}).get(PROVENANCE_KEY, b"{}"))
+
+
+def write_csv(path, table):
+    """Write a pyarrow Table as CSV, null as an empty field."""
+    from pyarrow import csv
+
+    with replacing(path) as partial, pa.OSFile(str(partial), "wb") as sink:
+        csv.write_csv(table, sink)

@@ -1,0 +1,73 @@
+"""What every job of the workflow shares: its log, and a record when a patient's content makes it fail."""
+
+import os
+import sys
+import time
+from contextlib import contextmanager
+from pathlib import Path
+
+from segtrust.errors import PatientError, SegtrustError
+from segtrust.files import read_json, write_json
+
+
+@contextmanager
+def job(snakemake, stage):
+    """Run the body of a script as one job.
+
+    snakemake : the object that Snakemake gives to scripts
+    stage : word of the stage
+
+    Everything written to the file descriptors 1 and 2 goes to the job's log, the words of C libraries too. A
+    `SegtrustError` is shown without a traceback, in the log and to the caller, and ends the job; a `PatientError`
+    also leaves a record in results/failed/, which `on_bad_patient: exclude` reads.
+    """
+    shown = _take_over_output(snakemake.log[0])
+    started = time.monotonic()
+    record = _record_path(snakemake, stage)
+    try:
+        yield
+    except SegtrustError as error:
+        if record and isinstance(error, PatientError):
+            write_json(record, _failure(snakemake, stage, error))
+        print(error, flush=True)
+        os.write(shown, f"segtrust {stage}: {error}\n".encode())
+        raise SystemExit(1) from None
+    _forget_failure(record, snakemake)
+    print(f"{stage}: done in {time.monotonic() - started:.1f} s", flush=True)
+
+
+def _take_over_output(path):
+    shown = os.dup(2)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    log = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
+    os.dup2(log, 1)
+    os.dup2(log, 2)
+    os.close(log)
+    return shown
+
+
+def _record_path(snakemake, stage):
+    patient = getattr(snakemake.wildcards, "patient", None)
+    return Path("results/failed") / stage / f"{patient}.json" if patient else None
+
+
+def _failure(snakemake, stage, error):
+    return {
+        "stage": stage,
+        "patient": snakemake.wildcards.patient,
+        "model": getattr(snakemake.wildcards, "model", None),
+        "reason": str(error),
+        "inputs": [input_state(path) for path in snakemake.input],
+    }
+
+
+def input_state(path):
+    """Return path, size and date of a file: what an excluded patient is watched by."""
+    state = os.stat(path)
+    return {"path": str(path), "size": state.st_size, "modified_ns": state.st_mtime_ns}
+
+
+def _forget_failure(record, snakemake):
+    if record and record.exists() and read_json(record)["model"] == getattr(snakemake.wildcards, "model", None):
+        record.unlink()

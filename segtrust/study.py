@@ -1,0 +1,165 @@
+"""A study: its configuration, patients and models, checked together before anything runs."""
+
+import re
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from segtrust.config import checked_config
+from segtrust.errors import Problems, SegtrustError, raise_if_any
+from segtrust.files import canonical_json, read_json
+from segtrust.jobs import input_state
+from segtrust.models import passes_of, plan_chunks, read_models
+from segtrust.patients import SAMPLED_SPLITS, header_problems, read_sheet
+
+
+@dataclass(frozen=True)
+class Study:
+    """What the rules of the workflow ask.
+
+    config : dict with all defaults filled in
+    patients : dict from id to Patient, in the sheet's order, without those left out
+    models : dict from name to Model
+    passes : dict from the name of a model to T
+    left_out : dict from the id of a patient left out of everything to the reason
+    """
+
+    config: dict
+    patients: dict
+    models: dict
+    passes: dict
+    left_out: dict
+
+    @property
+    def sampled(self):
+        """Return the ids of the patients that passes are drawn for (splits calibration and test)."""
+        return [name for name, patient in self.patients.items() if patient.split in SAMPLED_SPLITS]
+
+    @property
+    def evaluated(self):
+        """Return the ids of the sampled patients that have a reference."""
+        return [name for name in self.sampled if self.patients[name].seg]
+
+    @property
+    def has_cohort(self):
+        """Say whether there is a patient of split test with a reference, so that tables can be made."""
+        return any(self.patients[name].split == "test" for name in self.evaluated)
+
+    @property
+    def not_evaluated(self):
+        """Return why patients of the study are in no table of the cohort, a dict from id to reason."""
+        without = {name: "no reference (seg is empty)" for name in self.sampled if not self.patients[name].seg}
+        return {**self.left_out, **without}
+
+    def rows(self, names):
+        """Return patients as one canonical JSON text: what a table needs to know about each, in the sheet's order."""
+        return canonical_json([asdict(self.patients[name]) for name in names])
+
+    def of_split(self, *splits):
+        """Return the ids of the patients of some splits."""
+        return [name for name, patient in self.patients.items() if patient.split in splits]
+
+    def chunks(self, model, patient):
+        """Return the files of passes that a patient needs under a model, planned around those that exist."""
+        folder = Path("results") / model / "samples" / patient
+        source = self.models[model].source
+        pattern = re.compile(re.escape(source) + r"_(\d+)-(\d+)\.safetensors")
+        names = [path.name for path in folder.iterdir()] if folder.is_dir() else []
+        existing = [tuple(map(int, match.groups())) for name in names if (match := pattern.fullmatch(name))]
+        per_job = self.config["sample"]["passes_per_job"] if self.models[model].is_network else None
+        planned = plan_chunks(existing, self.passes[model], per_job)
+        return [f"{folder}/{source}_{first}-{last}.safetensors" for first, last in planned]
+
+    def settings(self, stage):
+        """Return the settings of a stage as one canonical JSON text."""
+        return canonical_json(self.config[stage])
+
+    def cohort_settings(self):
+        """Return what `segtrust.cohort.cohort` takes, as one canonical JSON text."""
+        settings = self.config["cohort"]
+        return canonical_json(
+            {
+                "n_resamples": settings["resamples"],
+                "failure_dice": settings["failure_dice"],
+                "n_bins": settings["bins"],
+                "seed": self.config["seed"],
+            }
+        )
+
+
+def read_study(config, check_headers):
+    """Return the Study that a raw configuration describes, read from the working folder.
+
+    check_headers : whether to open the header of every file; needed wherever patients may be left out
+
+    Raises Problems with everything that can be seen wrong, of all patients and models together.
+    """
+    config = checked_config(config)
+    patients = {patient.patient: patient for patient in read_sheet(config["patients"])}
+    exclude = config["on_bad_patient"] == "exclude"
+    bad = header_problems(patients.values()) if check_headers or exclude else {}
+    left_out = {}
+    if exclude:
+        left_out = {name: " ".join(messages) for name, messages in bad.items()} | _failures(patients)
+        bad = {}
+    kept = {name: patient for name, patient in patients.items() if name not in left_out}
+    problems = [message for messages in bad.values() for message in messages] + _split_problems(kept.values(), config)
+    models, passes = {}, {}
+    try:
+        models = read_models(config)
+        sampled = [name for name, patient in kept.items() if patient.split in SAMPLED_SPLITS]
+        passes = {name: passes_of(model, sampled, config["sample"]["passes"]) for name, model in models.items()}
+    except Problems as error:
+        problems += error.problems
+    raise_if_any(problems)
+    return Study(config, kept, models, passes, left_out)
+
+
+def _split_problems(patients, config):
+    problems, splits = [], {}
+    for patient in patients:
+        splits.setdefault(patient.subject, {}).setdefault(patient.split, []).append(patient.patient)
+    for subject, found in splits.items():
+        if len(found) > 1:
+            listed = "; ".join(f"{', '.join(names)} in {split}" for split, names in found.items())
+            problems.append(f"subject {subject}: sessions of one person must share a split, found {listed}.")
+    present = {split for found in splits.values() for split in found}
+    if not present & set(SAMPLED_SPLITS):
+        problems.append(
+            f"{config['patients']}: no patient of split test (or calibration), so nothing could be evaluated; found "
+            f"{', '.join(sorted(present)) or 'none left'}. An empty split means test."
+        )
+    untrained = [name for name, model in config["models"].items() if "train" in model]
+    if untrained and "train" not in present:
+        problems.append(
+            f"models.{', models.'.join(untrained)}: to be trained here, but {config['patients']} has no patient of split "
+            "train."
+        )
+    problems += [
+        f"{patient.patient}: split {patient.split} needs a reference, but seg is empty."
+        for patient in patients
+        if untrained and patient.split in ("train", "validation") and not patient.seg
+    ]
+    return problems
+
+
+def _failures(patients):
+    """Return the patients whose content made a job fail, and whose files have not changed since."""
+    failures = {}
+    for path in sorted(Path("results/failed").glob("*/*.json")):
+        record = read_json(path)
+        if record["patient"] in patients and all(_unchanged(state) for state in record["inputs"]):
+            failures[record["patient"]] = f"{record['stage']}: {record['reason']}"
+    return failures
+
+
+def _unchanged(state):
+    path = Path(state["path"])
+    return path.exists() and input_state(path) == state
+
+
+def study_or_message(config, check_headers, error_class):
+    """Return `read_study(…)`; raise `error_class` with the plain message where a study has problems."""
+    try:
+        return read_study(config, check_headers)
+    except SegtrustError as error:
+        raise error_class(str(error)) from None

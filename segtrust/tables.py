@@ -1,0 +1,41 @@
+"""Files of the cohort: tallies in, tables out."""
+
+import pandas as pd
+
+from segtrust.cohort import check_agreement
+from segtrust.files import write_csv, write_json, write_parquet
+from segtrust.tally import Tally
+
+TABLES = ("metrics", "patients", "strata")
+
+
+def read_tallies(paths, rows):
+    """Read the tallies of a cohort.
+
+    paths : files of tallies, one per patient
+    rows : list of dicts, the patients' rows of the sheet in the same order: `patient`, `subject`, `split`, `extra`
+
+    Returns (list of Tally, DataFrame of the patients, provenance they share). Raises Problems when tallies were made
+    with different weights, settings or code, naming patients.
+    """
+    tallies, provenances = zip(*(Tally.read(path) for path in paths), strict=True)
+    check_agreement({row["patient"]: provenance for row, provenance in zip(rows, provenances, strict=True)})
+    patients = pd.DataFrame(
+        [{**row["extra"], **{key: row[key] for key in ("patient", "subject", "split")}} for row in rows]
+    )
+    shared = {key: value for key, value in provenances[0].items() if key not in ("patient", "device")}
+    columns = ["patient", "subject", "split"]
+    return list(tallies), patients[[*columns, *(name for name in patients if name not in columns)]], shared
+
+
+def write_cohort(paths, tables, provenance):
+    """Write the tables of a cohort.
+
+    paths : object with the attributes metrics, metrics_csv, patients, patients_csv, strata, strata_csv, curves, alarms
+    tables : what `segtrust.cohort.cohort` returned
+    """
+    for name in (*TABLES, "curves"):
+        write_parquet(getattr(paths, name), tables[name], provenance)
+    for name in TABLES:
+        write_csv(getattr(paths, f"{name}_csv"), tables[name])
+    write_json(paths.alarms, tables["alarms"])

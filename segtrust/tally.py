@@ -1,0 +1,923 @@
+"""Tally: voxels of a patient, reduced to counts and sums that add up.
+
+Every voxel metric of a patient, every pooled metric of a cohort, every bootstrap resample of patients and
+every recalibration is a function of tallies (definitions, section 4). A tally holds, per region and mask,
+
+- `scores`: voxels by uncertainty bin × outcome {TP, FP, FN, TN}, per measure;
+- `score_sums`: Σu, Σu², Σℓ, Σℓ², Σuℓ by outcome, where ℓ is the negative log-likelihood of the voxel;
+- `probabilities`: n, Σp, Σp², Σlog p, Σlog(1 - p) by probability bin × truth;
+- `class_probabilities`: n, Σp by the same, for each class of `ALL`;
+- `confidences`: n, Σc by confidence bin × {wrong, correct};
+- `joint`: voxels by coarse uncertainty × loss, for rank correlation;
+- `classes`: predicted class × reference class, for `ALL`.
+
+Only occupied cells are kept. Counts are int64, sums float64. Adding tallies pools their voxels: counts
+exactly, sums to rounding. Bins are closed on the left, and fine: the coarse bins of a metric are unions of them.
+"""
+
+import base64
+import json
+from dataclasses import dataclass
+from functools import cache, cached_property
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from segtrust.errors import SegtrustError
+from segtrust.files import canonical_json, read_parquet, write_parquet
+from segtrust.masks import BANDS, MASKS, band_index
+from segtrust.measures import (
+    ENTROPY_4CLASS,
+    MEASURES,
+    OWN_ERRORS,
+    binary_entropy,
+    binary_entropy_of,
+    boundary_proximity,
+    entropy_4class,
+    logarithms,
+)
+from segtrust.regions import CLASSES, REGIONS, four_class
+
+FORMAT = 1
+TALLY_KEY = b"tally"
+CASE_KEY = b"case"
+REST_KEY = b"volume_rest"
+
+ALL = "ALL"
+TALLY_REGIONS = (*REGIONS, ALL)
+# a voxel lies in any number of masks, and in at most one band of distance to the reference surface
+TALLY_MASKS = (*MASKS, *BANDS)
+OUTCOMES = ("TP", "FP", "FN", "TN")
+TP, FP, FN, TN = range(4)
+
+PROBABILITY = "probability"
+DETERMINISTIC = "probability_deterministic"
+CLASS_KINDS = tuple(f"probability_{name}" for name in CLASSES)
+
+CLIP = 1e-7  # of p, in every logarithm
+SCORE_SUMS = ("u", "u2", "loss", "loss2", "u_loss")
+PROBABILITY_SUMS = ("p", "p2", "log_p", "log_1mp")
+JOINT_MASKS = ("brain", "predicted_5mm")
+JOINT_BINS = 256
+
+# --- bins ---------------------------------------------------------------------------------------------------
+
+
+def _with_atoms(edges, atoms):
+    """Return sorted edges in which each atom has a bin of its own."""
+    atoms = np.asarray(atoms, np.float64)
+    edges = np.unique(np.concatenate([edges, atoms, np.nextafter(atoms, np.inf)]))
+    return edges[edges <= 1]
+
+
+def _votes():
+    """Return the probabilities that votes of T passes give, for each T that divides 60 or 100, as stored."""
+    shares = np.unique(np.concatenate([np.arange(61) / 60, np.arange(101) / 100]))
+    return shares.astype(np.float32).astype(np.float64)
+
+
+def _probability_edges():
+    # every k/10, k/15, k/20 and k/60 is a j/960; steps of 0.1 in the logit serve recalibration
+    logit_spaced = 1 / (1 + np.exp(-np.linspace(-16, 16, 321)))
+    return _with_atoms(np.concatenate([np.arange(961) / 960, logit_spaced]), _votes())
+
+
+def _confidence_edges():
+    # of one class in two the confidence is at least 1/2, of one in four at least 1/4
+    logit_spaced = 1 - 1 / (1 + np.exp(np.linspace(0, 16, 161)))
+    edges = np.concatenate([[0.0], np.arange(240, 961) / 960, logit_spaced])
+    votes = _votes()
+    return _with_atoms(edges, np.concatenate([votes[votes >= 0.5], 1 - votes[votes <= 0.5]]))
+
+
+def _score_edges():
+    # steps of 1/960; towards 0, 16 bins an octave down to 6e-11; towards 1, where entropy is flat and the most
+    # uncertain voxels crowd, 12 bins an octave up to 1 - 1e-8 and 4 up to 1 - 1e-14
+    near_0 = 2.0 ** (np.arange(-34 * 16, -3 * 16) / 16)
+    near_1 = 1 - 2.0 ** -np.concatenate([np.arange(5 * 12, 26 * 12) / 12, np.arange(26 * 4, 46 * 4) / 4])
+    edges = np.concatenate([near_0, np.arange(961) / 960, near_1, _between_votes()])
+    return _with_atoms(edges, np.arange(41) / 40)
+
+
+def _between_votes():
+    """Return edges between the entropies of votes k/T and 1 - k/T, which differ where float32 rounds the shares.
+
+    A direct computation ranks the two; many voxels have them. Whether an edge is needed does not hang on the last
+    bit of a logarithm, so that the number of bins is the same on every machine.
+    """
+    votes = _votes()
+    low, high = (binary_entropy(share) for share in (votes, votes[::-1]))
+    return ((low + high) / 2)[(votes < 0.5) & (np.abs(low - high) > 1e-12)]
+
+
+class Bins:
+    """Left-closed bins of numbers in [0, 1], the last one from 1 on.
+
+    edges : float64, increasing, from 0 to 1; bin i holds edges[i] ≤ x < edges[i + 1]
+    mirrored : whether most numbers are near 1, not near 0 (a matter of speed alone)
+    """
+
+    # numbers are located by the first 22 bits of their binary form: sign, exponent, ten bits of the fraction
+    _SHIFT = 42
+
+    def __init__(self, edges, mirrored=False):
+        self.edges = np.asarray(edges, np.float64)
+        self._mirrored = mirrored
+
+    def __len__(self):
+        return len(self.edges)
+
+    def index(self, values):
+        """Return the bin of each value, as an integer array; exact comparisons in float64.
+
+        values : float64 array, values ≥ 0 without NaN
+        """
+        key = (1 - values if self._mirrored else values).view(np.int64) >> self._SHIFT
+        index = self._located.take(np.maximum(key, 0, out=key))
+        split = np.flatnonzero(index < 0)
+        index[split] = self._search(values[split])
+        return index
+
+    def index_half(self, values):
+        """Return the bin of each float16 value ≥ 0."""
+        return self._located_half.take(values.view(np.uint16))
+
+    def _search(self, values):
+        return np.searchsorted(self.edges, values, side="right") - 1
+
+    @cached_property
+    def _located(self):
+        # per cell of the binary form: the bin that holds all of it, or -1 where edges fall into it
+        start = (np.arange((1024 << 10) + 1) << self._SHIFT).view(np.float64)
+        if self._mirrored:
+            edges = np.sort(1 - self.edges)
+            first = np.searchsorted(edges, start[:-1] * (1 - 1e-15), side="left")
+            last = np.searchsorted(edges, start[1:] * (1 + 1e-15), side="right")
+            bins = self._search(np.clip(1 - (start[:-1] + start[1:]) / 2, 0, 1))
+            last[start[:-1] < 1e-15] += 1  # so close to 1 that the middle of a cell rounds to it
+        else:
+            first = np.searchsorted(self.edges, start[:-1], side="right")
+            last = np.searchsorted(self.edges, start[1:], side="left")
+            bins = first - 1
+        located = np.where(first == last, bins, -1).astype(np.int16)
+        located[0] = len(self) - 1 if self._mirrored else 0  # exactly 1, or exactly 0
+        return located
+
+    @cached_property
+    def _located_half(self):
+        values = np.arange(1 << 16, dtype=np.uint16).view(np.float16).astype(np.float64)
+        return self._search(np.nan_to_num(values, nan=0.0, posinf=1.0, neginf=0.0)).astype(np.int16)
+
+
+PROBABILITY_BINS = Bins(_probability_edges())
+CONFIDENCE_BINS = Bins(_confidence_edges(), mirrored=True)
+SCORE_BINS = Bins(_score_edges())
+
+# the float16 forms of a distance, without their last three bits: 128 bins an octave, from 1/16 to 512 mm
+_NEAREST = int(np.float16(1 / 16).view(np.uint16)) >> 3
+_FARTHEST = int(np.float16(512).view(np.uint16)) >> 3
+
+
+@cache
+def _distance_bins():
+    # the last bin is the nearest, so that bins ascend with uncertainty as everywhere
+    distance = np.clip((np.arange(1 << 16) & 0x7FFF) >> 3, _NEAREST, _FARTHEST)
+    return (len(SCORE_BINS) - 1 - (distance - _NEAREST)).astype(np.int16)
+
+
+@cache
+def _joint_groups():
+    """Return the joint-histogram bin, 0–255, of each score bin of a measure in [0, 1]: int array."""
+    # zero, five an octave from 6e-11 to 1/8, and steps of 1/97 from there on
+    octaves = 2.0 ** (np.arange(-34 * 5, -3 * 5) / 5)
+    edges = np.concatenate([[0.0, 5e-324], octaves, np.arange(13, 98) / 97])
+    return np.minimum(np.searchsorted(edges, SCORE_BINS.edges, side="right") - 1, JOINT_BINS - 1)
+
+
+# --- tables -------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Layout:
+    series: tuple
+    n_outcomes: int
+    n_bins: int
+    sums: tuple = ()
+
+    @property
+    def size(self):
+        return self.n_outcomes * self.n_bins
+
+    def start(self, region, mask, series):
+        """Return the key of the first cell of a series."""
+        row = TALLY_REGIONS.index(region) * len(TALLY_MASKS) + TALLY_MASKS.index(mask)
+        return (row * len(self.series) + self.series.index(series)) * self.size
+
+
+_SCORES = (*MEASURES, OWN_ERRORS, ENTROPY_4CLASS)
+_LAYOUTS = {
+    "scores": _Layout(_SCORES, 4, len(SCORE_BINS)),
+    "score_sums": _Layout(_SCORES, 4, 1, SCORE_SUMS),
+    "probabilities": _Layout((PROBABILITY, DETERMINISTIC), 2, len(PROBABILITY_BINS), PROBABILITY_SUMS),
+    "class_probabilities": _Layout(CLASS_KINDS, 2, len(PROBABILITY_BINS), ("p",)),
+    "confidences": _Layout((PROBABILITY, DETERMINISTIC), 2, len(CONFIDENCE_BINS), ("c",)),
+    "joint": _Layout(_SCORES, 1, JOINT_BINS * JOINT_BINS),
+    "classes": _Layout(("class",), 4, 5),
+}
+SETTINGS = {"format": FORMAT, **{name: layout.n_bins for name, layout in _LAYOUTS.items()}}
+
+
+@dataclass(frozen=True)
+class _Cells:
+    """Occupied cells of a table: ascending keys int64, counts int64, sums float64 (cells, sums)."""
+
+    key: np.ndarray
+    n: np.ndarray
+    sums: np.ndarray
+
+    def dense(self, start, size):
+        """Return counts (size,) and sums (size, sums) of a range of keys."""
+        part = slice(*np.searchsorted(self.key, (start, start + size)))
+        place = self.key[part] - start
+        n = np.zeros(size, np.int64)
+        n[place] = self.n[part]
+        sums = np.zeros((size, self.sums.shape[1]))
+        sums[place] = self.sums[part]
+        return n, sums
+
+
+def _added(parts, n_sums):
+    if not parts:
+        return _Cells(np.empty(0, np.int64), np.empty(0, np.int64), np.empty((0, n_sums)))
+    key = np.concatenate([part.key for part in parts])
+    order = np.argsort(key, kind="stable")
+    key = key[order]
+    first = np.flatnonzero(np.diff(key, prepend=-1))
+    n = np.concatenate([part.n for part in parts])[order]
+    sums = np.concatenate([part.sums for part in parts])[order]
+    if not len(first):
+        return _Cells(key, n, sums)
+    return _Cells(key[first], np.add.reduceat(n, first), np.add.reduceat(sums, first, axis=0))
+
+
+# --- the tally ----------------------------------------------------------------------------------------------
+
+
+class Tally:
+    """Counts and sums over the voxels of one patient, or of several pooled.
+
+    Make one with `Tally.of` or `Tally.read`; add tallies with `+` or `pooled`. Accessors return dense arrays;
+    None where the quantity does not exist (no deterministic pass; variance of a single pass), zeros where a
+    mask is empty.
+
+    available : frozenset of the series (measures and kinds of probability) that exist
+    cases : list of dicts, one per patient, of numbers that do not add up (put into the table by `voxels`)
+    overlap, overlap_deterministic : int64 (3, 3), |ŷ_a ∩ y_b| over the whole volume; the latter None without
+        a deterministic pass
+    counts : dict of int64 arrays that add up: `n_voxels`, `n_nesting_breaks`, `n_argmax_differs` (scalars),
+        `n_reference`, `n_predicted`, `n_deterministic` (3,)
+    """
+
+    def __init__(self, tables, counts, cases, available, settings=None):
+        self._tables = tables
+        self.counts = counts
+        self.cases = cases
+        self.available = frozenset(available)
+        self.settings = settings or SETTINGS
+
+    @classmethod
+    def of(cls, table):
+        """Return the tally of a voxels table (`segtrust.voxels.voxels`, or the same read from a file).
+
+        The rest of the volume, counted in the table's metadata, is included.
+        """
+        columns = Columns.of_table(table)
+        metadata = table.schema.metadata or {}
+        case = json.loads(metadata[CASE_KEY]) if CASE_KEY in metadata else {}
+        tally = tally_columns(columns, case)
+        if REST_KEY in metadata:
+            rest = cls.from_text(metadata[REST_KEY].decode())
+            tally = cls._merged([tally, rest], tally.cases)
+        return tally
+
+    def __add__(self, other):
+        return pooled([self, other])
+
+    @classmethod
+    def _merged(cls, tallies, cases):
+        first = tallies[0]
+        for other in tallies[1:]:
+            if other.settings != first.settings:
+                raise SegtrustError(
+                    f"tallies with different bins or formats cannot be pooled: {first.settings} and {other.settings}"
+                )
+            if other.available != first.available:
+                only = sorted(other.available ^ first.available)
+                raise SegtrustError(f"tallies of which only some have {', '.join(only)} cannot be pooled")
+        tables = {
+            name: _added([tally._tables[name] for tally in tallies], len(layout.sums))
+            for name, layout in _LAYOUTS.items()
+        }
+        counts = {name: sum(tally.counts[name] for tally in tallies) for name in first.counts}
+        return cls(tables, counts, cases, first.available, first.settings)
+
+    def repeated(self, times):
+        """Return the tally of `times` copies of every voxel; cases are kept as they are."""
+        tables = {name: _Cells(cells.key, cells.n * times, cells.sums * times) for name, cells in self._tables.items()}
+        counts = {name: value * times for name, value in self.counts.items()}
+        return Tally(tables, counts, self.cases, self.available, self.settings)
+
+    @classmethod
+    def stitched(cls, tallies):
+        """Return WT, TC, ET and ALL of four tallies of the same voxels; counts and cases of the first."""
+        tables = {}
+        for name, layout in _LAYOUTS.items():
+            parts = []
+            for region, tally in zip(TALLY_REGIONS, tallies, strict=True):
+                cells = tally._tables[name]
+                start = layout.start(region, TALLY_MASKS[0], layout.series[0])
+                stop = start + len(TALLY_MASKS) * len(layout.series) * layout.size
+                part = slice(*np.searchsorted(cells.key, (start, stop)))
+                parts.append(_Cells(cells.key[part], cells.n[part], cells.sums[part]))
+            tables[name] = _added(parts, len(layout.sums))
+        first = tallies[0]
+        return cls(tables, first.counts, first.cases, first.available, first.settings)
+
+    # accessors
+
+    def _dense(self, table, region, mask, series):
+        layout = _LAYOUTS[table]
+        n, sums = self._tables[table].dense(layout.start(region, mask, series), layout.size)
+        shape = (layout.n_outcomes, layout.n_bins)
+        return n.reshape(shape).T, np.moveaxis(sums.reshape(*shape, -1), (0, 1), (2, 1))
+
+    def _exists(self, region, series):
+        of_all = (ENTROPY_4CLASS, *CLASS_KINDS)
+        of_region = (
+            series in of_all or series in (PROBABILITY, DETERMINISTIC) if region == ALL else series not in of_all
+        )
+        return of_region and series in self.available
+
+    def scores(self, region, mask, measure):
+        """Return int64 (n_score_bins, 4): voxels by score bin, the most uncertain last, and outcome TP, FP, FN, TN.
+
+        For `ALL`, errors stand in the FP column and correct voxels in the TN column. All zero for
+        `boundary_proximity` where the prediction is empty or full.
+        """
+        return self._dense("scores", region, mask, measure)[0] if self._exists(region, measure) else None
+
+    def score_sums(self, region, mask, measure):
+        """Return float64 (5, 4): rows Σu, Σu², Σℓ, Σℓ², Σuℓ by outcome TP, FP, FN, TN."""
+        if not self._exists(region, measure):
+            return None
+        return self._dense("score_sums", region, mask, measure)[1][:, 0]
+
+    def probabilities(self, region, mask, kind):
+        """Return counts and sums by probability bin × truth {0, 1}: a dict of arrays (n_probability_bins, 2).
+
+        kind : `probability` or `probability_deterministic`; for `ALL`, one of `CLASS_KINDS`
+
+        `n` is int64; `sum_p` and, but for `ALL`, `sum_p2`, `sum_log_p`, `sum_log_1mp` and `sum_logit` are
+        float64. Logarithms are natural, of p clipped to [1e-7, 1 - 1e-7].
+        """
+        if not self._exists(region, kind) or (region == ALL) != (kind in CLASS_KINDS):
+            return None
+        if region == ALL:
+            n, sums = self._dense("class_probabilities", region, mask, kind)
+            return {"n": n, "sum_p": sums[0]}
+        n, sums = self._dense("probabilities", region, mask, kind)
+        held = {f"sum_{name}": values for name, values in zip(PROBABILITY_SUMS, sums, strict=True)}
+        return {"n": n, **held, "sum_logit": held["sum_log_p"] - held["sum_log_1mp"]}
+
+    def confidences(self, region, mask, kind):
+        """Return by confidence bin × {wrong, correct}: `n` int64 and `sum_c` float64, (n_confidence_bins, 2).
+
+        kind : `probability` or `probability_deterministic` (judged by its own labels)
+        """
+        if not self._exists(region, kind):
+            return None
+        n, sums = self._dense("confidences", region, mask, kind)
+        return {"n": n, "sum_c": sums[0]}
+
+    def joint(self, region, mask, measure):
+        """Return int64 (256, 256): voxels by coarse bins of uncertainty and loss, both ascending.
+
+        mask : one of `JOINT_MASKS`
+        """
+        if not self._exists(region, measure):
+            return None
+        if mask not in JOINT_MASKS:
+            raise KeyError(f"joint histograms exist for {', '.join(JOINT_MASKS)}, not for {mask}")
+        return self._dense("joint", region, mask, measure)[0].reshape(JOINT_BINS, JOINT_BINS)
+
+    def classes(self, mask):
+        """Return int64 (4, 5): predicted class (argmax) × reference class, the fifth a resection cavity."""
+        return self._dense("classes", ALL, mask, "class")[0].T
+
+    @property
+    def overlap(self):
+        return self.counts["overlap"]
+
+    @property
+    def overlap_deterministic(self):
+        return self.counts.get("overlap_deterministic")
+
+    @property
+    def scalars(self):
+        """Return the numbers of a single patient, a dict; arrays are in the order WT, TC, ET.
+
+        The additive `counts`; the numbers of the case (`passes`, `spacing_mm`, `hd95`, `hd95_brats`, `nsd_1mm`,
+        `dice_lesionwise`, `pairwise_dice`, `no_boundary`, …), NaN for null; `reference_ml`, `predicted_ml` and
+        `deterministic_ml` (3,), `pass_ml` (T, 3). Of several pooled patients, only the counts.
+        """
+        if len(self.cases) != 1:
+            return dict(self.counts)
+        case = {
+            name: np.array(value, np.float64) if isinstance(value, list) else value
+            for name, value in self.cases[0].items()
+        }
+        values = {**self.counts, **case}
+        if "voxel_ml" in case:
+            for name in ("reference", "predicted", "deterministic"):
+                voxels = self.counts.get(f"n_{name}")
+                values[f"{name}_ml"] = None if voxels is None else voxels * case["voxel_ml"]
+            if case.get("pass_voxels") is not None:
+                values["pass_ml"] = case["pass_voxels"] * case["voxel_ml"]
+        return values
+
+    # files
+
+    def to_table(self):
+        """Return the tally as a pyarrow Table, one row per occupied cell.
+
+        Sorted by region, table, series, outcome, bin, and mask last: a bin often holds the same voxels in several
+        masks, and equal neighbours compress well.
+        """
+        offsets = np.cumsum([0, *(len(layout.series) for layout in _LAYOUTS.values())])
+        parts = []
+        for number, (name, layout) in enumerate(_LAYOUTS.items()):
+            cells = self._tables[name]
+            row, place = np.divmod(cells.key, len(layout.series) * layout.size)
+            region, mask = np.divmod(row, len(TALLY_MASKS))
+            order = np.lexsort((mask, place, region))
+            series, place = np.divmod(place[order], layout.size)
+            outcome, bins = np.divmod(place, layout.n_bins)
+            sums = np.full((len(order), len(SCORE_SUMS)), np.nan)
+            sums[:, : len(layout.sums)] = cells.sums[order]
+            named = np.full(len(order), number), offsets[number] + series
+            parts.append((region[order], mask[order], *named, outcome, bins, cells.n[order], sums))
+        region, mask, number, series, outcome, bins, n, sums = (
+            np.concatenate(column) for column in zip(*parts, strict=True)
+        )
+        order = np.argsort(region, kind="stable")
+        columns = {
+            "region": _dictionary(region[order], TALLY_REGIONS),
+            "table": _dictionary(number[order], tuple(_LAYOUTS)),
+            "series": _dictionary(series[order], [name for layout in _LAYOUTS.values() for name in layout.series]),
+            "outcome": pa.array(outcome[order].astype(np.uint8)),
+            "bin": pa.array(bins[order].astype(np.uint16)),
+            "mask": _dictionary(mask[order], TALLY_MASKS),
+            "n": pa.array(n[order]),
+        }
+        for position in range(sums.shape[1]):
+            columns[f"sum_{position}"] = pa.array(sums[order, position], from_pandas=True)
+        about = {
+            "settings": self.settings,
+            "cases": self.cases,
+            "available": sorted(self.available),
+            "counts": {name: np.asarray(value).tolist() for name, value in self.counts.items()},
+        }
+        return pa.table(columns).replace_schema_metadata({TALLY_KEY: canonical_json(about).encode()})
+
+    @classmethod
+    def from_table(cls, table):
+        """Return the tally that `to_table` wrote. Raises SegtrustError for another format or other bins."""
+        about = json.loads((table.schema.metadata or {}).get(TALLY_KEY, b"{}"))
+        if about.get("settings") != SETTINGS:
+            raise SegtrustError(
+                f"this tally has bins and format {about.get('settings')}, expected {SETTINGS}; "
+                "make it again from voxels"
+            )
+        region, mask = _indices(table["region"], TALLY_REGIONS), _indices(table["mask"], TALLY_MASKS)
+        row = region * len(TALLY_MASKS) + mask
+        number = _indices(table["table"], tuple(_LAYOUTS))
+        outcome, bins, n = (table[name].to_numpy().astype(np.int64) for name in ("outcome", "bin", "n"))
+        series_name = table["series"].combine_chunks()
+        tables = {}
+        for position, (name, layout) in enumerate(_LAYOUTS.items()):
+            chosen = np.flatnonzero(number == position)
+            series = _indices(series_name.take(pa.array(chosen)), layout.series)
+            place = (row[chosen] * len(layout.series) + series) * layout.n_outcomes + outcome[chosen]
+            key = place * layout.n_bins + bins[chosen]
+            order = np.argsort(key, kind="stable")
+            chosen = chosen[order]
+            sums = np.empty((len(chosen), len(layout.sums)))
+            for column in range(len(layout.sums)):
+                sums[:, column] = table[f"sum_{column}"].to_numpy()[chosen]
+            tables[name] = _Cells(key[order], n[chosen], sums)
+        counts = {name: np.array(value, np.int64) for name, value in about["counts"].items()}
+        return cls(tables, counts, about["cases"], about["available"])
+
+    def write(self, path, provenance):
+        """Write the tally as Parquet with its provenance (a dict)."""
+        sums = [f"sum_{position}" for position in range(len(SCORE_SUMS))]
+        table = self.to_table()
+        plain = [name for name in table.column_names if name not in sums]
+        write_parquet(path, table, provenance, compression_level=9, use_dictionary=plain, use_byte_stream_split=sums)
+
+    @classmethod
+    def read(cls, path):
+        """Return (tally, provenance) of a file; raises SegtrustError, naming it, for other bins or format."""
+        table, provenance = read_parquet(path)
+        try:
+            return cls.from_table(table), provenance
+        except SegtrustError as error:
+            raise SegtrustError(f"{path}: {error}") from None
+
+    def to_text(self):
+        """Return the tally as text, for the metadata of another file."""
+        sink = pa.BufferOutputStream()
+        pq.write_table(self.to_table(), sink, compression="zstd")
+        return base64.b64encode(sink.getvalue().to_pybytes()).decode()
+
+    @classmethod
+    def from_text(cls, text):
+        """Return the tally that `to_text` described."""
+        return cls.from_table(pq.read_table(pa.BufferReader(base64.b64decode(text))))
+
+
+def pooled(tallies):
+    """Return the tally of all voxels of several tallies: counts exact, sums to rounding.
+
+    Raises SegtrustError when bins, format or the measures that exist differ.
+    """
+    tallies = list(tallies)
+    return Tally._merged(tallies, [case for tally in tallies for case in tally.cases])
+
+
+def _dictionary(indices, names):
+    return pa.DictionaryArray.from_arrays(pa.array(indices.astype(np.int8)), pa.array(names))
+
+
+def _indices(column, names):
+    """Return the position in `names` of each entry of a dictionary-encoded column."""
+    if isinstance(column, pa.ChunkedArray):
+        column = column.combine_chunks()
+    if not pa.types.is_dictionary(column.type):
+        column = column.dictionary_encode()
+    place = {name: position for position, name in enumerate(names)}
+    position = np.array([place.get(name, -1) for name in column.dictionary.to_pylist()], np.int64)
+    return position[column.indices.to_numpy()]
+
+
+# --- from voxels to a tally ---------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Columns:
+    """Columns of a voxels table as arrays; region columns are lists of three in the order WT, TC, ET.
+
+    labels : uint8, canonical; cavity : bool or None
+    probability, deterministic : float32
+    expected_entropy, variance, distance_predicted, distance_reference : float16
+    masks : uint16
+    weight : None, or float64: the number of voxels that each row stands for
+    """
+
+    labels: np.ndarray
+    prediction: np.ndarray
+    cavity: np.ndarray | None
+    probability: list
+    deterministic: list | None
+    expected_entropy: list
+    variance: list | None
+    distance_predicted: list
+    distance_reference: list
+    masks: list
+    weight: np.ndarray | None = None
+
+    @classmethod
+    def of_table(cls, table):
+        """Return the columns of a table made by `segtrust.voxels.voxels`."""
+
+        def column(name):
+            return table[name].to_numpy()
+
+        def per_region(name):
+            present = f"{name}_{REGIONS[0]}" in table.column_names
+            return [column(f"{name}_{region}") for region in REGIONS] if present else None
+
+        return cls(
+            labels=column("reference"),
+            prediction=column("prediction"),
+            cavity=column("reference_code") == 4 if "reference_code" in table.column_names else None,
+            probability=per_region("probability"),
+            deterministic=per_region("deterministic_probability"),
+            expected_entropy=per_region("expected_entropy"),
+            variance=per_region("variance"),
+            distance_predicted=per_region("distance_predicted"),
+            distance_reference=per_region("distance_reference"),
+            masks=per_region("masks"),
+        )
+
+
+def tally_columns(columns, case):
+    """Return the tally of columns.
+
+    case : dict of the patient's numbers that do not add up; goes into `Tally.cases`
+    """
+    tables = {name: [] for name in _LAYOUTS}
+    truth, predicted, own = [], [], []
+    for position, region in enumerate(REGIONS):
+        labels = columns.labels
+        truth.append(_IN_REGION[position].take(labels))
+        predicted.append(columns.probability[position] >= np.float32(0.5))
+        if columns.deterministic:
+            own.append(columns.deterministic[position] >= np.float32(0.5))
+        _tally_region(tables, region, columns, position, truth[-1], predicted[-1], own[-1] if own else None)
+    argmax = _tally_all(tables, columns)
+
+    def count(membership):
+        if columns.weight is None:
+            return np.count_nonzero(membership)
+        return round(float(columns.weight[membership].sum()))
+
+    def overlaps(labels):
+        return np.array([[count(a & b) for b in truth] for a in labels], np.int64)
+
+    counts = {
+        "n_voxels": np.int64(count(np.ones(len(columns.labels), bool))),
+        "n_reference": np.array([count(member) for member in truth], np.int64),
+        "n_predicted": np.array([count(member) for member in predicted], np.int64),
+        "n_nesting_breaks": np.int64(count((predicted[2] & ~predicted[1]) | (predicted[1] & ~predicted[0]))),
+        "n_argmax_differs": np.int64(count(argmax != columns.prediction)),
+        "overlap": overlaps(predicted),
+    }
+    available = {"entropy", "expected_entropy", "boundary_proximity", ENTROPY_4CLASS}
+    available |= {PROBABILITY, *CLASS_KINDS}
+    if columns.variance:
+        available |= {"variance", "mutual_information"}
+    if columns.deterministic:
+        available |= {"deterministic_entropy", OWN_ERRORS, DETERMINISTIC}
+        counts["n_deterministic"] = np.array([count(member) for member in own], np.int64)
+        counts["overlap_deterministic"] = overlaps(own)
+    cells = {name: _added(parts, len(_LAYOUTS[name].sums)) for name, parts in tables.items()}
+    return Tally(cells, counts, [case], available)
+
+
+# membership of canonical labels in WT, TC, ET
+_IN_REGION = np.array([[0, 1, 1, 1], [0, 1, 0, 1], [0, 0, 0, 1]], bool)
+
+
+class _Counter:
+    """Count the voxels of one region.
+
+    Voxels are first put in the order of groups: those that share their masks, band and outcomes. What is counted
+    by group is then added up to masks; sums over a group are sums over a stretch of the array.
+
+    tables : dict of lists that receive `_Cells`
+    masks, distance_reference : of the region
+    flags : int32, below 64: whatever the outcomes of the voxel follow from
+    weight : as of `Columns`
+    """
+
+    def __init__(self, tables, region, masks, distance_reference, flags, weight):
+        self._tables = tables
+        self._region = region
+        band = _bands_of_half().take(distance_reference.view(np.uint16))
+        found, group = _ranked((masks.astype(np.int32) << 4 | band) << _FLAG_BITS | flags)
+        self.order = np.argsort(group, kind="stable")
+        self._group = group[self.order].astype(np.int64)
+        self._first = np.searchsorted(self._group, np.arange(len(found)))
+        self._weight = None if weight is None else weight[self.order]
+        self._flags = found & len(_FLAGS) - 1
+        group_masks, group_band = found >> _FLAG_BITS + 4, found >> _FLAG_BITS & 15
+        member = np.zeros((len(found), len(TALLY_MASKS)), bool)
+        member[:, : len(MASKS)] = group_masks[:, None] >> np.arange(len(MASKS)) & 1
+        in_band = np.flatnonzero(group_band < len(BANDS))
+        member[in_band, len(MASKS) + group_band[in_band]] = True
+        self._member = member
+        in_joint = [MASKS.index(mask) for mask in JOINT_MASKS]
+        self._joint = (member[:, in_joint] @ [1, 2])[self._group] * JOINT_BINS**2
+
+    def sorted(self, values):
+        """Return an array over voxels in the order of groups."""
+        return values.take(self.order)
+
+    def scores(self, series, bins, score, outcome, loss):
+        """Count a measure: its bins, its sums with the loss, and the joint histogram.
+
+        bins, score : by voxel, in the order of groups
+        outcome : of each value of the flags, array (64,)
+        loss : from `_loss`
+        """
+        value, squared, coarse_loss = loss
+        self._cells("scores", series, bins, outcome, (), True)
+        columns = (score, score * score, value, squared, score * value)
+        if self._weight is not None:
+            columns = tuple(column * self._weight for column in columns)
+        n = np.bincount(self._group, self._weight, len(self._first))
+        sums = np.stack([np.add.reduceat(column, self._first) for column in columns], axis=1)
+        self._spread("score_sums", series, np.arange(len(n)), np.zeros(len(n), np.int64), outcome, n, sums, True)
+        if series == "boundary_proximity":
+            coarse = bins.astype(np.int64) * JOINT_BINS // len(SCORE_BINS)
+        else:
+            coarse = _joint_groups().take(bins)
+        joint = np.bincount(self._joint + coarse * JOINT_BINS + coarse_loss, self._weight, 4 * JOINT_BINS**2)
+        _, one, other, both = joint.reshape(4, -1)
+        for mask, n in zip(JOINT_MASKS, (one + both, other + both), strict=True):
+            self._keep("joint", series, TALLY_MASKS.index(mask), n, None)
+
+    def binned(self, table, series, bins, outcome, sums=()):
+        """Count one table of the masks, with sums (arrays over voxels); arguments as for `scores`."""
+        self._cells(table, series, bins, outcome, sums, False)
+
+    def classes(self):
+        """Count predicted class × reference class."""
+        n = np.bincount(self._group, self._weight, len(self._first))
+        group, reference = np.arange(len(n)), _REFERENCE_CLASS[self._flags]
+        self._spread("classes", "class", group, reference, _PREDICTED_CLASS, n, np.empty((len(n), 0)), False)
+
+    def _cells(self, table, series, bins, outcome, sums, with_bands):
+        """Count by group and bin, then by mask, outcome and bin."""
+        layout = _LAYOUTS[table]
+        key = self._group * layout.n_bins + bins
+        size = len(self._first) * layout.n_bins
+        n = np.bincount(key, self._weight, size)
+        cell = np.flatnonzero(n)
+        held = np.empty((len(cell), len(sums)))
+        for position, column in enumerate(sums):
+            weighted = column if self._weight is None else column * self._weight
+            held[:, position] = np.bincount(key, weighted, size)[cell]
+        group, place = np.divmod(cell, layout.n_bins)
+        self._spread(table, series, group, place, outcome, n[cell], held, with_bands)
+
+    def _spread(self, table, series, group, place, outcome, n, sums, with_bands):
+        """Add cells by group and bin to every mask and band that the group lies in."""
+        layout = _LAYOUTS[table]
+        place = outcome[self._flags[group]] * layout.n_bins + place
+        for mask in range(len(TALLY_MASKS) if with_bands else len(MASKS)):
+            chosen = np.flatnonzero(self._member[group, mask])
+            if len(chosen):
+                at = place[chosen]
+                totals = [np.bincount(at, column[chosen], layout.size) for column in sums.T]
+                self._keep(table, series, mask, np.bincount(at, n[chosen], layout.size), totals)
+
+    def _keep(self, table, series, mask, n, totals):
+        start = _LAYOUTS[table].start(self._region, TALLY_MASKS[mask], series)
+        occupied = np.flatnonzero(n)
+        sums = np.stack([total[occupied] for total in totals], axis=1) if totals else np.empty((len(occupied), 0))
+        self._tables[table].append(_Cells(start + occupied, np.rint(n[occupied]).astype(np.int64), sums))
+
+
+def _ranked(code):
+    """Return the distinct values of small non-negative integers, and the rank of each; the ranks as int16 or wider."""
+    size = 1 << len(MASKS) + 4 + _FLAG_BITS
+    present = np.zeros(size, bool)
+    present[code] = True
+    found = np.flatnonzero(present)
+    rank = np.empty(size, np.min_scalar_type(max(len(found) - 1, 0)))
+    rank[found] = np.arange(len(found))
+    return found, rank.take(code)
+
+
+@cache
+def _bands_of_half():
+    """Return the band of each float16 distance to the reference surface; one past the last where there is none."""
+    band = band_index(np.arange(1 << 16, dtype=np.uint16).view(np.float16))
+    return np.where(band < 0, len(BANDS), band).astype(np.int32)
+
+
+def _loss(log_likelihood):
+    """Return the loss of each voxel, its square, and its bin in the joint histogram."""
+    loss = -log_likelihood
+    # bins from 1e-7, where p is clipped, to -log 1e-7 = 16.1, by equal ratios
+    low, high = np.log(CLIP), np.log(-np.log(CLIP))
+    coarse = (np.log(loss.astype(np.float32)) - np.float32(low)) * np.float32(JOINT_BINS / (high - low))
+    return loss, loss * loss, coarse.astype(np.int64).clip(0, JOINT_BINS - 1)
+
+
+# flags of a voxel: in a region, 1 for reference, 2 for predicted, 4 for predicted by the deterministic pass; in
+# ALL, the predicted class, 4 times the reference class (4 is a cavity), and 32 where the deterministic pass is right
+_FLAG_BITS = 6
+_FLAGS = np.arange(1 << _FLAG_BITS)
+_TRUTH, _PREDICTED, _OWN = (_FLAGS >> bit & 1 for bit in range(3))
+_PREDICTED_CLASS, _REFERENCE_CLASS, _OWN_CORRECT = _FLAGS & 3, _FLAGS >> 2 & 7, _FLAGS >> 5
+
+
+def _outcome(truth, predicted):
+    """Return 0 TP, 1 FP, 2 FN, 3 TN."""
+    return 3 - 2 * predicted - truth
+
+
+def _tally_region(tables, region, columns, position, truth, predicted, own):
+    flags = truth + 2 * predicted.astype(np.int32) + (0 if own is None else 4 * own.astype(np.int32))
+    masks, distance_reference = columns.masks[position], columns.distance_reference[position]
+    counter = _Counter(tables, region, masks, distance_reference, flags, columns.weight)
+    truth = counter.sorted(truth)
+    p = counter.sorted(columns.probability[position]).astype(np.float64)
+    expected = counter.sorted(columns.expected_entropy[position])
+    entropy, loss = _tally_probability(counter, PROBABILITY, p, truth, _PREDICTED)
+    outcome = _outcome(_TRUTH, _PREDICTED)
+
+    def score(series, bins, values):
+        counter.scores(series, bins, values, outcome, loss)
+
+    score("entropy", SCORE_BINS.index(entropy), entropy)
+    wide = expected.astype(np.float64)
+    score("expected_entropy", SCORE_BINS.index_half(expected), wide)
+    if columns.variance:
+        mutual = np.maximum(entropy - wide, 0)
+        score("mutual_information", SCORE_BINS.index(mutual), mutual)
+        variance = counter.sorted(columns.variance[position])
+        score("variance", SCORE_BINS.index_half(variance), variance.astype(np.float64))
+    distance = counter.sorted(columns.distance_predicted[position])
+    if len(distance) and not np.isnan(distance[0]):
+        score("boundary_proximity", _distance_bins().take(distance.view(np.uint16)), boundary_proximity(distance))
+    if columns.deterministic:
+        p0 = counter.sorted(columns.deterministic[position]).astype(np.float64)
+        entropy, own_loss = _tally_probability(counter, DETERMINISTIC, p0, truth, _OWN)
+        bins = SCORE_BINS.index(entropy)
+        score("deterministic_entropy", bins, entropy)
+        counter.scores(OWN_ERRORS, bins, entropy, _outcome(_TRUTH, _OWN), own_loss)
+
+
+def _tally_probability(counter, kind, p, truth, predicted):
+    """Count a probability and the confidence of its label; return its entropy and the loss.
+
+    predicted : of each value of the flags
+    """
+    log_p, log_1mp = logarithms(p)
+    entropy = binary_entropy_of(p, log_p, log_1mp)
+    for logarithm in (log_p, log_1mp):
+        np.clip(logarithm, np.log(CLIP), np.log1p(-CLIP), out=logarithm)
+    counter.binned("probabilities", kind, PROBABILITY_BINS.index(p), _TRUTH, (p, p * p, log_p, log_1mp))
+    confidence = np.maximum(p, 1 - p)
+    correct = (predicted == _TRUTH).astype(np.int64)
+    counter.binned("confidences", kind, CONFIDENCE_BINS.index(confidence), correct, (confidence,))
+    return entropy, _loss(np.where(truth, log_p, log_1mp))
+
+
+def _tally_all(tables, columns):
+    """Count the four-class view; return the class of the greatest mean probability."""
+    labels = columns.labels
+    distribution = four_class(np.stack(columns.probability).astype(np.float64))
+    argmax = distribution.argmax(axis=0)
+    reference = labels if columns.cavity is None else np.where(columns.cavity, np.uint8(len(CLASSES)), labels)
+    flags = argmax.astype(np.int32) | reference.astype(np.int32) << 2
+    if columns.deterministic:
+        own = four_class(np.stack(columns.deterministic).astype(np.float64))
+        flags |= (own.argmax(axis=0) == labels).astype(np.int32) << 5
+    # the masks and distances of ALL are those of WT
+    counter = _Counter(tables, ALL, columns.masks[0], columns.distance_reference[0], flags, columns.weight)
+    truth = _REFERENCE_CLASS % len(CLASSES)
+    correct = (truth == _PREDICTED_CLASS).astype(np.int64)
+
+    def confidences(kind, values, right):
+        values = counter.sorted(values)
+        counter.binned("confidences", kind, CONFIDENCE_BINS.index(values), right, (values,))
+
+    confidences(PROBABILITY, distribution.max(axis=0), correct)
+    if columns.deterministic:
+        confidences(DETERMINISTIC, own.max(axis=0), _OWN_CORRECT)
+    for label, kind in enumerate(CLASS_KINDS):
+        p = counter.sorted(distribution[label])
+        counter.binned("class_probabilities", kind, PROBABILITY_BINS.index(p), (truth == label).astype(int), (p,))
+    entropy = counter.sorted(entropy_4class(distribution))
+    of_truth = np.take_along_axis(distribution, labels[None].astype(np.intp), axis=0)[0]
+    loss = _loss(np.log(np.clip(counter.sorted(of_truth), CLIP, 1 - CLIP)))
+    counter.scores(ENTROPY_4CLASS, SCORE_BINS.index(entropy), entropy, np.where(correct, TN, FP), loss)
+    counter.classes()
+    return argmax
+
+
+def tally_quiet(distances, with_deterministic, with_variance):
+    """Return the tally of voxels of `volume` alone with zero probability everywhere and background as reference.
+
+    distances : list of three float16 arrays, distance to the predicted WT, TC, ET of each voxel
+    with_deterministic, with_variance : whether these exist for the patient
+
+    Such voxels differ by distance alone, and few distances occur: they are counted first.
+    """
+    tallies = []
+    for distance in distances:
+        n = np.bincount(distance.view(np.uint16), minlength=1 << 16)
+        found = np.flatnonzero(n)
+        nothing, nowhere = np.zeros(len(found), np.float32), np.full(len(found), np.nan, np.float16)
+        columns = Columns(
+            labels=np.zeros(len(found), np.uint8),
+            prediction=np.zeros(len(found), np.uint8),
+            cavity=None,
+            probability=[nothing] * 3,
+            deterministic=[nothing] * 3 if with_deterministic else None,
+            expected_entropy=[nothing.astype(np.float16)] * 3,
+            variance=[nothing.astype(np.float16)] * 3 if with_variance else None,
+            distance_predicted=[found.astype(np.uint16).view(np.float16)] * 3,
+            distance_reference=[nowhere] * 3,
+            masks=[np.ones(len(found), np.uint16)] * 3,
+            weight=n[found].astype(np.float64),
+        )
+        tallies.append(tally_columns(columns, {}))
+    # each region from the tally of its own distances; ALL knows no distance
+    return Tally.stitched([*tallies, tallies[0]])

@@ -1,0 +1,336 @@
+from functools import cache
+from types import SimpleNamespace
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from segtrust import metrics
+from segtrust.cohort import (
+    CURVES_SCHEMA,
+    METRICS_SCHEMA,
+    STRATA_SCHEMA,
+    _cases,
+    _concordant,
+    _recalibration,
+    _resampled_aupr,
+    _resampled_gaps,
+    _volume_quantiles,
+    check_agreement,
+    cohort,
+)
+from segtrust.errors import Problems, SegtrustError
+from segtrust.intervals import draw
+from segtrust.masks import CONDITIONAL_ON_REFERENCE, MASKS
+from segtrust.measures import binary_entropy
+from segtrust.tally import Tally, pooled
+from segtrust.voxels import voxels
+
+SHAPE = (13, 12, 11)
+REGION_SHARE = np.array([1.0, 0.7, 0.45])[:, None, None, None]  # radii of WT, TC and ET
+
+
+def tally_of(seed, radius=4.0, shift=0.5, noise=0.4, passes=4, deterministic=True, order=(0, 1, 2), spread=0.3):
+    """Return the tally of nested balls, predicted with a radius that is off by `shift` and a noise, in voxels."""
+    generator = np.random.default_rng(seed)
+    distance = np.linalg.norm(np.indices(SHAPE) - np.array([6, 6, 5])[:, None, None, None], axis=0)
+    inside = distance <= radius * REGION_SHARE
+    labels = np.select([inside[2], inside[1], inside[0]], [3, 1, 2], 0).astype(np.uint8)
+    depth = radius * REGION_SHARE + shift - distance + noise * generator.normal(size=SHAPE)
+    drawn = depth + spread * generator.normal(size=(passes, 1, 1, 1, 1))
+    p = (1 / (1 + np.exp(-2 * drawn)))[:, list(order)]
+    votes = (p >= 0.5).sum(axis=0)
+    summary = SimpleNamespace(
+        passes=passes,
+        probability=p.mean(axis=0).astype(np.float32),
+        deterministic=(1 / (1 + np.exp(-2 * depth)))[list(order)].astype(np.float32) if deterministic else None,
+        expected_entropy=binary_entropy(p).mean(axis=0).astype(np.float32),
+        variance=p.var(axis=0, ddof=1).astype(np.float32) if passes > 1 else None,
+        votes=votes,
+        volumes=(p >= 0.5).sum(axis=(2, 3, 4)),
+    )
+    brain = np.linalg.norm(np.indices(SHAPE) - np.array([6, 6, 5])[:, None, None, None], axis=0) < 6
+    return Tally.of(voxels(summary, labels, brain, brain, spacing_mm=(1, 1, 1), patient=f"p{seed}"))
+
+
+def sheet(n, **columns):
+    names = [f"p{k:03d}" for k in range(n)]
+    table = {"patient": names, "subject": names, "split": ["test"] * n, "coding": ["brats2021"] * n}
+    return pd.DataFrame(table | columns)
+
+
+def evaluate(tallies, patients, **settings):
+    settings = {"model": "m", "n_resamples": 200, "failure_dice": 0.8, "seed": 0, "n_bins": [15]} | settings
+    return cohort(tallies, patients, **settings)
+
+
+@cache
+def twelve():
+    """Return tallies of 12 patients whose prediction gets worse, and more uncertain, with their number."""
+    return [tally_of(k, radius=4.5, shift=0.3 + 0.1 * k, spread=0.1 + 0.05 * k) for k in range(12)]
+
+
+@cache
+def tables_of_twelve():
+    return frames(evaluate(twelve(), sheet(12, site=["x", "y"] * 6)))
+
+
+@cache
+def two_odd_ones():
+    """Return a cohort with two test patients: wrong channel order, unequal passes, no deterministic pass."""
+    settings = {"radius": 5.0, "order": (1, 2, 0), "deterministic": False}
+    tallies = [tally_of(0, passes=3, **settings), tally_of(1, passes=4, **settings), tally_of(2, passes=4, **settings)]
+    return evaluate(tallies, sheet(3, split=["test", "test", "calibration"]))
+
+
+@cache
+def tables_of_two_odd_ones():
+    return frames(two_odd_ones())
+
+
+def frames(tables):
+    return {name: table if name == "alarms" else table.to_pandas() for name, table in tables.items()}
+
+
+def row_of(tables, metric, **wanted):
+    rows = tables["metrics"]
+    for column, value in {"metric": metric, "region": "WT", "n_bins": None, "aggregation": None, **wanted}.items():
+        rows = rows[rows[column].isna() if value is None else rows[column] == value]
+    assert len(rows) == 1, rows
+    return rows.iloc[0]
+
+
+def points(tables):
+    keys = ["region", "mask", "measure", "aggregation", "metric", "n_bins", "pooling"]
+    return tables["metrics"].sort_values(keys, kind="stable")[[*keys, "value"]].reset_index(drop=True)
+
+
+def test_tables_have_exactly_the_columns_of_the_contract():
+    tables = two_odd_ones()
+    assert tables["metrics"].schema == METRICS_SCHEMA
+    assert tables["strata"].schema == STRATA_SCHEMA
+    assert tables["curves"].schema == CURVES_SCHEMA
+
+
+def test_the_patients_table_begins_with_the_columns_of_the_contract_and_ends_with_those_of_the_sheet():
+    columns = list(tables_of_twelve()["patients"].columns)
+    assert " ".join(columns[:21]) == (
+        "model patient subject split region dice dice_deterministic delta_dice sensitivity precision hd95 hd95_brats "
+        "nsd_1mm volume_ml volume_error_ml volume_median_ml volume_low_ml volume_high_ml pairwise_dice both_empty "
+        "missing_region"
+    )
+    assert columns[-2:] == ["coding", "site"]
+    assert all(name.startswith("score_") for name in columns[21:-2])
+
+
+def test_no_two_rows_are_about_the_same_number():
+    keys = ["region", "mask", "measure", "aggregation", "metric", "n_bins", "pooling"]
+    assert not tables_of_twelve()["metrics"].duplicated(keys).any()
+
+
+def test_every_mask_and_pooling_has_its_discrimination_and_calibration():
+    rows = tables_of_twelve()["metrics"]
+    for metric, measure in (("auroc", "mutual_information"), ("brier", "probability_deterministic")):
+        found = rows[(rows["metric"] == metric) & (rows["measure"] == measure) & rows["mask"].isin(MASKS)]
+        assert len(found) == 3 * len(MASKS) * 2
+
+
+def test_a_pooled_row_is_the_metric_of_the_added_tallies():
+    total = pooled(twelve())
+    row = row_of(tables_of_twelve(), "auroc", mask="brain", measure="entropy", pooling="pooled")
+    assert row["value"] == pytest.approx(metrics.auroc(total.scores("WT", "brain", "entropy")), rel=1e-12)
+    assert row["n_voxels"] == total.scores("WT", "brain", "entropy").sum()
+
+
+def test_a_patient_mean_row_is_the_mean_over_patients():
+    values = []
+    for tally in twelve():
+        part = tally.probabilities("TC", "predicted_5mm", "probability")
+        values.append(metrics.ece_class_probability(part["n"], part["sum_p"], 15))
+    row = row_of(
+        tables_of_twelve(),
+        "ece_class_probability",
+        region="TC",
+        mask="predicted_5mm",
+        measure="probability",
+        n_bins=15,
+        pooling="patient_mean",
+    )
+    assert row["value"] == pytest.approx(np.mean(values), rel=1e-12)
+    assert row["n_cases"] == 12
+
+
+def test_rows_on_masks_made_from_the_reference_say_so():
+    rows = tables_of_twelve()["metrics"].dropna(subset="mask")
+    rows = rows[rows["mask"].isin(MASKS)]
+    assert (rows["conditional_on_reference"] == rows["mask"].isin(CONDITIONAL_ON_REFERENCE)).all()
+
+
+def test_intervals_hold_their_value():
+    rows = tables_of_twelve()["metrics"].dropna(subset=["ci_low"])
+    rows = rows[~rows["interval"].str.startswith("basic")]
+    # A resampled area may lie off its value on few, tied cases; the studentised interval of a mean does not.
+    rows = rows[rows["pooling"] == "patient_mean"]
+    assert len(rows) > 1000
+    assert ((rows["ci_low"] <= rows["value"] + 1e-9) & (rows["value"] <= rows["ci_high"] + 1e-9)).all()
+
+
+def test_the_order_of_patients_changes_nothing():
+    order = np.random.default_rng(0).permutation(12)
+    patients = sheet(12, site=["x", "y"] * 6).iloc[order]
+    shuffled = evaluate([twelve()[k] for k in order], patients)
+    for name in ("metrics", "patients", "strata", "curves"):
+        pd.testing.assert_frame_equal(shuffled[name].to_pandas(), tables_of_twelve()[name])
+
+
+def test_a_cohort_taken_twice_has_the_same_point_values():
+    patients = pd.concat([sheet(12), sheet(12).assign(patient=[f"r{k:03d}" for k in range(12)])])
+    twice = {"metrics": evaluate(twelve() * 2, patients)["metrics"].to_pandas()}
+    once, twice = points(tables_of_twelve()), points(twice)
+    # Ranks, quartile cut-offs and counts of pairs follow the number of cases; what is left are means and ratios.
+    held = once["pooling"].isin(["pooled", "patient_mean"])
+    assert (once.loc[held, "metric"] == twice.loc[held, "metric"]).all()
+    # Sums are added in another order; quantile bins may move by one voxel.
+    exact = held & ~once["metric"].str.contains("equal_mass")
+    np.testing.assert_allclose(twice.loc[exact, "value"], once.loc[exact, "value"], rtol=1e-6, atol=1e-9)
+
+
+def test_two_patients_have_no_interval_in_any_row():
+    tables = tables_of_two_odd_ones()
+    assert tables["metrics"]["ci_low"].isna().all()
+    assert tables["metrics"]["interval"].str.startswith("none").all()
+    assert tables["strata"]["ci_low"].isna().all()
+    assert tables["curves"]["low"].isna().all()
+
+
+def test_a_wrong_channel_order_is_named():
+    found = [alarm for alarm in tables_of_two_odd_ones()["alarms"] if alarm["alarm"] == "channel_order"]
+    # The channel read as WT holds TC, the one read as TC holds ET, the one read as ET holds WT.
+    assert found[0]["value"]["order"] == ["TC", "ET", "WT"]
+    assert "TC in the channel read as WT" in found[0]["message"]
+
+
+def test_unequal_passes_are_named():
+    assert "unequal_passes" in {alarm["alarm"] for alarm in tables_of_two_odd_ones()["alarms"]}
+
+
+def test_few_patients_are_named():
+    assert "few_patients" in {alarm["alarm"] for alarm in tables_of_two_odd_ones()["alarms"]}
+
+
+def test_a_sound_cohort_raises_no_error_alarm():
+    assert [alarm for alarm in tables_of_twelve()["alarms"] if alarm["severity"] == "error"] == []
+
+
+def test_without_a_deterministic_pass_its_rows_are_null_and_not_zero():
+    tables = tables_of_two_odd_ones()
+    rows = tables["metrics"]
+    deterministic = rows[rows["measure"].isin(["deterministic_entropy", "probability_deterministic"])]
+    assert len(deterministic)
+    assert deterministic["value"].isna().all()
+    assert tables["patients"]["dice_deterministic"].isna().all()
+
+
+def test_patients_of_the_calibration_split_enter_no_table_and_set_the_cut_offs():
+    tables = tables_of_two_odd_ones()
+    assert set(tables["patients"]["patient"]) == {"p000", "p001"}
+    assert set(tables["strata"]["cutoff_source"]) == {"calibration"}
+
+
+def test_strata_agree_with_the_scores_in_the_patients_table():
+    tables = tables_of_twelve()
+    people = tables["patients"].query("region == 'ET'")
+    score = people["score_predicted_5mm_mean_entropy"]
+    strata = tables["strata"].query(
+        "region == 'ET' and measure == 'entropy' and aggregation == 'predicted_5mm_mean' and scheme == 'quartiles'"
+    )
+    lowest = people[score <= np.quantile(score, 0.25)]
+    row = strata[strata["stratum"] == "Q1"].iloc[0]
+    assert row["n_cases"] == len(lowest) == 3
+    assert row["median_dice"] == lowest["dice"].median()
+
+
+def test_a_patient_without_a_predicted_region_has_no_score():
+    # Moved inwards by 9 voxels, the ball of radius 4 is gone.
+    tallies = [tally_of(0, shift=-9), tally_of(1)]
+    scores = _cases(tallies, "WT")["scores"]["brain_mean", "entropy"]
+    assert np.isnan(scores[0])
+    assert np.isfinite(scores[1])
+
+
+def test_volumes_of_nineteen_passes_have_their_outermost_as_interval():
+    volumes = np.arange(19.0)
+    assert list(_volume_quantiles(volumes)) == [0, 9, 18]
+    assert np.isnan(_volume_quantiles(volumes[:18])[0])
+
+
+def test_a_resampled_auroc_is_that_of_the_weighted_counts():
+    counts = np.stack([tally.scores("WT", "brain", "entropy") for tally in twelve()])
+    weights = draw(np.arange(12), 5, 0).weights
+    wrong, right = counts[..., 1] + counts[..., 2], counts[..., 0] + counts[..., 3]
+    pairs = (weights @ wrong.sum(axis=1)) * (weights @ right.sum(axis=1))
+    expected = metrics.auroc(np.tensordot(weights, counts, 1))
+    assert _concordant(weights, wrong, right) / pairs == pytest.approx(expected, rel=1e-12)
+
+
+def test_a_resampled_aupr_is_that_of_the_weighted_counts():
+    counts = np.stack([tally.scores("WT", "brain", "entropy") for tally in twelve()])
+    weights = draw(np.arange(12), 5, 0).weights
+    wrong, right = counts[..., 1] + counts[..., 2], counts[..., 0] + counts[..., 3]
+    expected = metrics.aupr(np.tensordot(weights, counts, 1))
+    found = _resampled_aupr(weights, wrong, right, metrics.aupr(counts.sum(axis=0)))
+    # Single precision in the sums of a resample.
+    assert found == pytest.approx(expected, abs=1e-5)
+
+
+def test_resampled_calibration_errors_are_those_of_the_weighted_counts():
+    parts = [tally.probabilities("WT", "brain", "probability") for tally in twelve()]
+    n, sum_p = (np.stack([part[name] for part in parts]) for name in ("n", "sum_p"))
+    weights = draw(np.arange(12), 5, 0).weights
+    ece, ace, mce, _ = _resampled_gaps(weights, n, sum_p, 15, "probability")
+    drawn = np.tensordot(weights, n, 1), np.tensordot(weights, sum_p, 1)
+    assert ece == pytest.approx(metrics.ece_class_probability(*drawn, 15), rel=1e-9)
+    assert ace == pytest.approx(metrics.ace_class_probability(*drawn, 15), rel=1e-9)
+    assert mce == pytest.approx(metrics.mce_class_probability(*drawn, 15), rel=1e-9)
+
+
+def test_equal_mass_bins_of_a_resample_that_is_the_cohort_are_those_of_the_cohort():
+    parts = [tally.probabilities("WT", "predicted_5mm", "probability") for tally in twelve()]
+    n, sum_p = (np.stack([part[name] for part in parts]) for name in ("n", "sum_p"))
+    found = _resampled_gaps(np.ones((1, 12)), n, sum_p, 15, "probability")[3]
+    expected = metrics.ece_equal_mass_class_probability(n.sum(axis=0), sum_p.sum(axis=0), 15)
+    assert found[0] == pytest.approx(float(expected), rel=1e-9)
+
+
+def test_one_newton_step_recalibrates_a_resample_closely():
+    parts = [tally.probabilities("WT", "brain", "probability") for tally in twelve()]
+    part = {name: np.stack([each[name] for each in parts]) for name in parts[0]}
+    weights = draw(np.arange(12), 6, 0).weights
+    _, refits = _recalibration(weights, part)
+    total = {name: np.tensordot(weights, part[name], 1) for name in ("n", "sum_logit")}
+    _, slope = metrics.logistic_recalibration(total["n"], total["sum_logit"])
+    # With 12 patients a resample is far from the cohort; the error falls with their number.
+    assert refits["calibration_slope", None] == pytest.approx(slope, rel=0.1)
+
+
+def test_a_cohort_without_test_patients_is_refused():
+    with pytest.raises(SegtrustError, match="no patient of the split `test`"):
+        evaluate(twelve()[:1], sheet(1, split=["calibration"]))
+
+
+def test_results_of_different_weights_are_refused_by_name():
+    provenances = {name: {"model": {"weights": "abc", "seed": 0}, "tally": {"code": "1"}} for name in ("a", "b", "c")}
+    provenances["b"] = {"model": {"weights": "def", "seed": 0}, "tally": {"code": "1"}}
+    with pytest.raises(Problems, match=r"model weights: abc in a, c; def in b"):
+        check_agreement(provenances)
+
+
+def test_all_disagreements_are_named_at_once():
+    provenances = {"a": {"model": {"weights": "1"}, "tally": {}}, "b": {"model": {}, "tally": {"code": "2"}}}
+    with pytest.raises(Problems) as caught:
+        check_agreement(provenances)
+    assert len(caught.value.problems) == 2
+
+
+def test_results_made_alike_are_accepted():
+    check_agreement({name: {"model": {"weights": "abc"}, "tally": {"code": "1"}} for name in ("a", "b")})

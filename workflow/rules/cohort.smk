@@ -1,0 +1,35 @@
+"""Pool the tallies of all patients of one model into metrics, strata, curves and alarms; no voxel is touched.
+
+in:   results/{model}/tally/{patient}.parquet of every patient with a reference
+out:  results/{model}/cohort/{metrics,patients,strata}.parquet (+ .csv), curves.parquet, alarms.json
+"""
+
+
+rule cohort:
+    input:
+        tallies=expand("results/{{model}}/tally/{patient}.parquet", patient=STUDY.evaluated),
+    output:
+        metrics="results/{model}/cohort/metrics.parquet",
+        metrics_csv="results/{model}/cohort/metrics.csv",
+        patients="results/{model}/cohort/patients.parquet",
+        patients_csv="results/{model}/cohort/patients.csv",
+        strata="results/{model}/cohort/strata.parquet",
+        strata_csv="results/{model}/cohort/strata.csv",
+        curves="results/{model}/cohort/curves.parquet",
+        alarms="results/{model}/cohort/alarms.json",
+    log:
+        "logs/cohort/{model}.log",
+    benchmark:
+        "logs/benchmark/cohort/{model}.tsv"
+    conda:
+        "../../envs/segtrust.yaml"
+    threads: 2
+    resources:
+        mem_mb=lambda wildcards, attempt: 4000 * attempt,
+        runtime=lambda wildcards, attempt: 60 * attempt,
+    params:
+        settings=STUDY.cohort_settings(),
+        patients=STUDY.rows(STUDY.evaluated),
+        code=code("cohort"),
+    script:
+        "../scripts/cohort.py"

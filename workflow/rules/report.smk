@@ -1,0 +1,31 @@
+"""Show what was found: one HTML folder that opens from disk.
+
+in:   results/{model}/cohort/, results/{model}/maps/, results/preprocessed/, the references of the patients shown
+out:  results/report/index.html, figures/ and tables/ beside it
+"""
+
+
+rule report:
+    input:
+        cohorts=every_cohort(),
+        maps=every_map(),
+        scans=expand("results/preprocessed/{patient}.safetensors", patient=STUDY.sampled),
+    output:
+        report="results/report/index.html",
+    log:
+        "logs/report.log",
+    benchmark:
+        "logs/benchmark/report.tsv"
+    conda:
+        "../../envs/segtrust.yaml"
+    resources:
+        mem_mb=lambda wildcards, attempt: 2000 * attempt,
+        runtime=lambda wildcards, attempt: 20 * attempt,
+    params:
+        settings=STUDY.settings("report"),
+        models=list(STUDY.models),
+        patients=STUDY.rows(STUDY.sampled),
+        left_out=canonical_json(STUDY.not_evaluated),
+        code=code("report"),
+    script:
+        "../scripts/report.py"

@@ -1,0 +1,30 @@
+"""Draw a chunk of Monte Carlo dropout passes of one patient and sum them into moments.
+
+in:   results/preprocessed/{patient}.safetensors, the model's weights
+out:  results/{model}/samples/{patient}/dropout_{first}-{last}.safetensors
+"""
+
+
+rule sample:
+    input:
+        unpack(weights_of),
+        scan="results/preprocessed/{patient}.safetensors",
+    output:
+        moments="results/{model}/samples/{patient}/dropout_{first}-{last}.safetensors",
+    log:
+        "logs/sample/{model}/{patient}/dropout_{first}-{last}.log",
+    benchmark:
+        "logs/benchmark/sample/{model}/{patient}/dropout_{first}-{last}.tsv"
+    wildcard_constraints:
+        model=only(name for name, model in STUDY.models.items() if model.is_network),
+    conda:
+        "../../envs/segtrust.yaml"
+    resources:
+        mem_mb=lambda wildcards, attempt: 6000 * attempt,
+        runtime=lambda wildcards, attempt: 60 * attempt,
+    params:
+        settings=sample_settings,
+        code=code("sample"),
+        weights=checkpoint_digest,
+    script:
+        "../scripts/sample.py"

@@ -1,0 +1,40 @@
+"""Train a network on the patients of split train, choosing the checkpoint on split validation.
+
+in:   results/preprocessed/{patient}.safetensors and the references of both splits
+out:  results/{model}/train/checkpoint.pt, checkpoint.sha256, curve.parquet, curve.csv
+"""
+
+TRAINING = STUDY.of_split("train")
+VALIDATION = STUDY.of_split("validation")
+
+
+rule train:
+    input:
+        scans=expand("results/preprocessed/{patient}.safetensors", patient=TRAINING),
+        references=[STUDY.patients[patient].seg for patient in TRAINING],
+        validation_scans=expand("results/preprocessed/{patient}.safetensors", patient=VALIDATION),
+        validation_references=[STUDY.patients[patient].seg for patient in VALIDATION],
+    output:
+        checkpoint="results/{model}/train/checkpoint.pt",
+        digest="results/{model}/train/checkpoint.sha256",
+        curve="results/{model}/train/curve.parquet",
+        curve_csv="results/{model}/train/curve.csv",
+    log:
+        "logs/train/{model}.log",
+    benchmark:
+        "logs/benchmark/train/{model}.tsv"
+    wildcard_constraints:
+        model=only(name for name, model in STUDY.models.items() if model.train is not None),
+    conda:
+        "../../envs/segtrust.yaml"
+    threads: 8
+    resources:
+        mem_mb=lambda wildcards, attempt: 16000 * attempt,
+        runtime=lambda wildcards, attempt: 1440 * attempt,
+    params:
+        settings=train_settings,
+        code=code("train"),
+        training=cases_of(TRAINING),
+        validation=cases_of(VALIDATION),
+    script:
+        "../scripts/train.py"

@@ -1,0 +1,33 @@
+"""Train the network of one model."""
+
+import json
+
+import torch
+
+from segtrust.cases import Cases
+from segtrust.files import write_csv, write_parquet
+from segtrust.jobs import job
+from segtrust.networks import build
+from segtrust.provenance import versions
+from segtrust.train import curve_table, train
+
+with job(snakemake, "train"):
+    torch.set_num_threads(snakemake.threads)
+    settings = json.loads(snakemake.params.settings)
+    curve = train(
+        build(settings["network"], settings["seed"]),
+        Cases(snakemake.input.scans, snakemake.input.references, **snakemake.params.training),
+        Cases(snakemake.input.validation_scans, snakemake.input.validation_references, **snakemake.params.validation),
+        channels=settings["channels"],
+        outputs=settings["outputs"],
+        window=settings["window"],
+        overlap=settings["overlap"],
+        settings=settings["train"],
+        seed=settings["seed"],
+        device=snakemake.config["sample"]["device"],
+        checkpoint=snakemake.output.checkpoint,
+        state=f"{snakemake.output.checkpoint}.state",
+    )
+    provenance = {"train": {"settings": settings, "code": snakemake.params.code}, "versions": versions()}
+    write_parquet(snakemake.output.curve, curve_table(curve), provenance)
+    write_csv(snakemake.output.curve_csv, curve_table(curve))

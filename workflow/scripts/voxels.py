@@ -1,0 +1,26 @@
+"""Lay moments and reference of one patient side by side."""
+
+from segtrust.files import write_parquet
+from segtrust.jobs import job
+from segtrust.moments import read_and_merge
+from segtrust.preprocess import read_preprocessed
+from segtrust.volumes import read_reference
+from segtrust.voxels import voxels
+
+with job(snakemake, "voxels"):
+    patient = snakemake.wildcards.patient
+    moments, provenance = read_and_merge(snakemake.input.moments)
+    scan, _ = read_preprocessed(snakemake.input.scan)
+    reference = read_reference(snakemake.input.reference, snakemake.params.coding, patient, scan.geometry)
+    table = voxels(
+        moments.summary(snakemake.params.passes).on(moments.place),
+        reference.labels,
+        scan.brain,
+        scan.brain_t1,
+        spacing_mm=scan.geometry.spacing_mm,
+        patient=patient,
+        cavity=reference.cavity,
+    )
+    write_parquet(
+        snakemake.output.voxels, table, {**provenance, "patient": patient, "voxels": {"code": snakemake.params.code}}
+    )
