@@ -165,8 +165,8 @@ def differing_measures(available, patients, model):
     for measure in sorted(set().union(*available).difference(set.intersection(*map(set, available)))):
         without = [name for name, names in zip(patients, available, strict=True) if measure not in names]
         message = (
-            f"{measure} does not exist for {listed(without)} ({len(without)} of {len(patients)} patients), so it is null "
-            "for the cohort. Give every patient the same passes, with or without a deterministic one."
+            f"{measure} does not exist for {listed(without)} ({len(without)} of {len(patients)} patients), so it is "
+            "null for the cohort. Give every patient the same passes, with or without a deterministic one."
         )
         found.append(
             alarm("differing_measures", "error", model, None, message, {"measure": measure, "without": without})

@@ -6,6 +6,8 @@ import time
 from contextlib import contextmanager
 from pathlib import Path
 
+from threadpoolctl import threadpool_limits
+
 from segtrust.errors import PatientError, SegtrustError
 from segtrust.files import read_json, write_json
 
@@ -25,7 +27,9 @@ def job(snakemake, stage):
     started = time.monotonic()
     record = _record_path(snakemake, stage)
     try:
-        yield
+        # libraries would start a thread per core of the node, whatever the job was given
+        with threadpool_limits(snakemake.threads):
+            yield
     except SegtrustError as error:
         if record and isinstance(error, PatientError):
             write_json(record, _failure(snakemake, stage, error))

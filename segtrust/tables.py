@@ -13,7 +13,8 @@ def read_tallies(paths, rows):
     """Read the tallies of a cohort.
 
     paths : files of tallies, one per patient
-    rows : list of dicts, the patients' rows of the sheet in the same order: `patient`, `subject`, `split`, `extra`
+    rows : list of dicts, the patients' rows of the sheet in the same order: `patient`, `subject`, `split`,
+        `coding`, `extra`
 
     Returns (list of Tally, DataFrame of the patients, provenance they share). Raises Problems when tallies were made
     with different weights, settings or code, naming patients.
@@ -21,11 +22,10 @@ def read_tallies(paths, rows):
     tallies, provenances = zip(*(Tally.read(path) for path in paths), strict=True)
     check_agreement({row["patient"]: provenance for row, provenance in zip(rows, provenances, strict=True)})
     patients = pd.DataFrame(
-        [{**row["extra"], **{key: row[key] for key in ("patient", "subject", "split")}} for row in rows]
+        [{**{key: row[key] for key in ("patient", "subject", "split", "coding")}, **row["extra"]} for row in rows]
     )
-    shared = {key: value for key, value in provenances[0].items() if key not in ("patient", "device")}
-    columns = ["patient", "subject", "split"]
-    return list(tallies), patients[[*columns, *(name for name in patients if name not in columns)]], shared
+    shared = {key: value for key, value in provenances[0].items() if key != "patient"}
+    return list(tallies), patients, shared
 
 
 def write_cohort(paths, tables, provenance):

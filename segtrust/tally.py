@@ -92,9 +92,11 @@ def _confidence_edges():
 
 
 def _score_edges():
-    # steps of 1/960; towards 0, 16 bins an octave down to 6e-11; towards 1, where entropy is flat and the most
-    # uncertain voxels crowd, 12 bins an octave up to 1 - 1e-8 and 4 up to 1 - 1e-14
-    near_0 = 2.0 ** (np.arange(-34 * 16, -3 * 16) / 16)
+    # steps of 1/960; towards 0, 48 bins an octave where variance and mutual information lie, then 16 down to 6e-11
+    # and, for rank correlation alone, 1 down to 3e-39; towards 1, where entropy is flat and the most uncertain
+    # voxels crowd, 12 bins an octave up to 1 - 1e-8 and 4 up to 1 - 1e-14
+    octaves = (np.arange(-128, -34), np.arange(-34 * 16, -8 * 16) / 16, np.arange(-8 * 48, -2 * 48) / 48)
+    near_0 = 2.0 ** np.concatenate(octaves)
     near_1 = 1 - 2.0 ** -np.concatenate([np.arange(5 * 12, 26 * 12) / 12, np.arange(26 * 4, 46 * 4) / 4])
     edges = np.concatenate([near_0, np.arange(961) / 960, near_1, _between_votes()])
     return _with_atoms(edges, np.arange(41) / 40)
@@ -189,9 +191,9 @@ def _distance_bins():
 @cache
 def _joint_groups():
     """Return the joint-histogram bin, 0–255, of each score bin of a measure in [0, 1]: int array."""
-    # zero, five an octave from 6e-11 to 1/8, and steps of 1/97 from there on
-    octaves = 2.0 ** (np.arange(-34 * 5, -3 * 5) / 5)
-    edges = np.concatenate([[0.0, 5e-324], octaves, np.arange(13, 98) / 97])
+    # zero, half a bin an octave from 3e-39 to 6e-11, four up to 1/8, and steps of 1/91 from there on
+    octaves = 2.0 ** np.concatenate([np.arange(-128, -34, 2), np.arange(-34 * 4, -3 * 4) / 4])
+    edges = np.concatenate([[0.0, 5e-324], octaves, np.arange(12, 92) / 91])
     return np.minimum(np.searchsorted(edges, SCORE_BINS.edges, side="right") - 1, JOINT_BINS - 1)
 
 
@@ -353,11 +355,10 @@ class Tally:
         return n.reshape(shape).T, np.moveaxis(sums.reshape(*shape, -1), (0, 1), (2, 1))
 
     def _exists(self, region, series):
-        of_all = (ENTROPY_4CLASS, *CLASS_KINDS)
-        of_region = (
-            series in of_all or series in (PROBABILITY, DETERMINISTIC) if region == ALL else series not in of_all
-        )
-        return of_region and series in self.available
+        only_all = (ENTROPY_4CLASS, *CLASS_KINDS)
+        in_both = (PROBABILITY, DETERMINISTIC)
+        fitting = series in only_all + in_both if region == ALL else series not in only_all
+        return fitting and series in self.available
 
     def scores(self, region, mask, measure):
         """Return int64 (n_score_bins, 4): voxels by score bin, the most uncertain last, and outcome TP, FP, FN, TN.
@@ -792,10 +793,12 @@ def _bands_of_half():
 def _loss(log_likelihood):
     """Return the loss of each voxel, its square, and its bin in the joint histogram."""
     loss = -log_likelihood
-    # bins from 1e-7, where p is clipped, to -log 1e-7 = 16.1, by equal ratios
+    # the first bin is for probabilities at the clip, often half of all voxels; then up to -log 1e-7 by equal ratios
     low, high = np.log(CLIP), np.log(-np.log(CLIP))
-    coarse = (np.log(loss.astype(np.float32)) - np.float32(low)) * np.float32(JOINT_BINS / (high - low))
-    return loss, loss * loss, coarse.astype(np.int64).clip(0, JOINT_BINS - 1)
+    coarse = (np.log(loss.astype(np.float32)) - np.float32(low)) * np.float32((JOINT_BINS - 1) / (high - low))
+    coarse = coarse.astype(np.int64).clip(0, JOINT_BINS - 2) + 1
+    coarse[loss < CLIP * (1 + 1e-6)] = 0
+    return loss, loss * loss, coarse
 
 
 # flags of a voxel: in a region, 1 for reference, 2 for predicted, 4 for predicted by the deterministic pass; in

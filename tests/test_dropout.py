@@ -136,6 +136,14 @@ def test_making_a_network_stochastic_twice_keeps_its_layers():
     assert Stochastic(network).layers == Stochastic(network).layers != []
 
 
+@torch.inference_mode()
+def test_a_network_with_masks_as_inputs_can_be_exported():
+    stochastic = Stochastic(small_segresnet())
+    exported = torch.export.export(stochastic, (an_image(), one(masks_of(stochastic, 0)))).module()
+    masks = one(masks_of(stochastic, 1))
+    assert torch.equal(exported(an_image(), masks), stochastic(an_image(), masks))
+
+
 def test_the_names_of_the_weights_stay():
     names = list(small_unet().state_dict())
     network = small_unet()

@@ -349,8 +349,8 @@ def test_an_empty_mask_is_undefined_everywhere():
         function(scores) for function in (metrics.auroc, metrics.auroc_certificate, metrics.aupr, metrics.error_rate)
     ]
     for convention, counts in (("class_probability", n_p), ("top_label", n_c)):
-        for name in ("ece", "ace", "mce", "ece_equal_mass"):
-            values.append(getattr(metrics, f"{name}_{convention}")(counts, counts, 15))
+        names = [f"{name}_{convention}" for name in ("ece", "ace", "mce", "ece_equal_mass")]
+        values += [getattr(metrics, name)(counts, counts, 15) for name in names]
     values += [metrics.brier(n_p, n_p, n_p), metrics.brier_skill(n_p, n_p, n_p), metrics.nll(n_p, n_p, n_p)]
     values += [metrics.gap(n_c, n_c), metrics.accuracy(n_c), *metrics.logistic_recalibration(n_p, n_p)]
     values += [metrics.mean_uncertainty(np.zeros((5, 4)), scores), metrics.spearman_with_loss(np.zeros((256, 256)))]

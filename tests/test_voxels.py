@@ -214,6 +214,8 @@ def test_a_wider_set_of_rows_changes_nothing_in_the_volume():
     for measure in ("entropy", "variance", "boundary_proximity", "deterministic_entropy"):
         a, b = (tally.scores("TC", "volume", measure) for tally in (few, all_rows))
         assert np.array_equal(a, b), measure
+        a, b = (tally.score_sums("TC", "volume", measure) for tally in (few, all_rows))
+        assert np.allclose(a, b, rtol=1e-9), measure
     for name, value in few.counts.items():
         assert np.array_equal(value, all_rows.counts[name]), name
 
