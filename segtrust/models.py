@@ -104,7 +104,7 @@ def passes_of(model, patients, passes):
         except SegtrustError as error:
             problems.append(f"models.{model.name}: {error}")
     raise_if_any(problems)
-    numbers = list(found.values())
+    numbers = list(found.values()) or [0]  # no patient to sample is told of elsewhere
     usual = max(set(numbers), key=numbers.count)
     raise_if_any(
         [

@@ -148,13 +148,6 @@ def load_weights(network, state, path):
     network.load_state_dict(state)
 
 
-def load_network(network, checkpoint):
-    """Return the network that a config describes, with the weights of a checkpoint; see `build`, `load_weights`."""
-    built = build(network, seed=0)
-    load_weights(built, load_checkpoint(checkpoint), checkpoint)
-    return built
-
-
 def region_probability(logits, outputs):
     """Return probabilities of WT, TC, ET, a float32 tensor (n, 3, …), from a network's logits (n, channels, …).
 

@@ -103,26 +103,6 @@ def sample(
     return accumulator.moments(seen.start, scan.geometry)
 
 
-def sample_with(scan, network, settings, *, passes, patient, device, batch):
-    """Return the Moments of some passes of dropout under the settings of a model; see `sample`.
-
-    settings : dict with channels, outputs, crop, orientation, window, overlap, precision and seed; further keys are
-        not looked at
-    """
-    names = ("channels", "outputs", "crop", "orientation", "window", "overlap", "precision", "seed")
-    return sample(
-        scan,
-        network,
-        passes=passes,
-        patient=patient,
-        source="dropout",
-        flip=(),
-        device=device,
-        batch=batch,
-        **{name: settings[name] for name in names},
-    )
-
-
 def predict(stochastic, image, masks, window, overlap):
     """Return logits (passes, channels, x, y, z) of one image under the masks of several passes.
 

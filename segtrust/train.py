@@ -61,7 +61,8 @@ def train(
     channels, outputs, window, overlap : as in `sample`
     settings : dict of
         iterations : steps of the optimiser
-        batch : patches per step (on a CPU, one is slower than two);  patch : (x, y, z), multiples of the network's divisor
+        batch : patches per step; on a CPU, one is slower than two
+        patch : (x, y, z), multiples of the network's divisor
         positive : share of patches centred on tumour, in [0, 1]
         loss : "dice_ce" or "dice"
         learning_rate, weight_decay : of AdamW; the rate rises over the first 5 % and falls as a cosine
@@ -241,7 +242,7 @@ def _target(labels, outputs):
 def _loss(name, outputs):
     classes = isinstance(outputs, dict)
     kind = {"dice_ce": DiceCELoss, "dice": DiceLoss}[name]
-    return kind(sigmoid=not classes, softmax=classes, include_background=not classes, batch=True)
+    return kind(sigmoid=not classes, softmax=classes, include_background=not classes, squared_pred=True, batch=True)
 
 
 def _learning_rate(highest, iteration, iterations):

@@ -9,7 +9,6 @@ from segtrust.networks import (
     build,
     divisor,
     load_checkpoint,
-    load_network,
     load_weights,
     region_probability,
     torch_device,
@@ -111,12 +110,6 @@ def test_a_missing_and_a_superfluous_layer_are_named():
     network = nn.Sequential(nn.Linear(2, 2))
     with pytest.raises(SegtrustError, match=r"0.bias: expected \(2,\), found no such layer\n  1.bias: found \(2,\)"):
         load_weights(network, {"0.weight": torch.zeros(2, 2), "1.bias": torch.zeros(2)}, "given.pt")
-
-
-def test_a_network_is_loaded_with_the_weights_of_its_checkpoint(tmp_path):
-    state = build(SMALL, seed=3).state_dict()
-    torch.save(state, tmp_path / "model.pt")
-    assert same(load_network(SMALL, tmp_path / "model.pt").state_dict(), state)
 
 
 def test_the_prefix_of_parallel_training_is_removed():

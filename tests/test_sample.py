@@ -9,7 +9,7 @@ from segtrust.errors import SegtrustError
 from segtrust.moments import merge
 from segtrust.networks import build, region_probability
 from segtrust.preprocess import MODALITIES, preprocess
-from segtrust.sample import predict, sample, sample_with
+from segtrust.sample import predict, sample
 from segtrust.volumes import Geometry
 from segtrust.windows import view
 
@@ -185,12 +185,6 @@ def test_a_window_the_network_does_not_take_is_named():
 def test_bfloat16_is_close_to_float32_and_not_the_same():
     exact, rough = draw(range(1)).deterministic, draw(range(1), precision="bfloat16").deterministic
     assert 0 < np.abs(exact - rough).max() < 0.05
-
-
-def test_the_settings_of_a_model_are_taken_as_they_are():
-    settings = {**SETTINGS, "network": {"name": "UNet"}, "backend": "torch"}
-    found = sample_with(a_scan(), a_network(), settings, passes=range(2), patient="a", device="cpu", batch=1)
-    assert equal(found, draw(range(2)))
 
 
 def test_progress_is_one_line_a_batch():

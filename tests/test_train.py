@@ -94,7 +94,7 @@ def killer(words):
 def test_a_network_learns_boxes(tmp_path, outputs):
     curve = run(tmp_path, outputs=outputs, iterations=40, validate_every=20, learning_rate=2e-2)
     assert curve.loss.iloc[-1] < curve.loss.iloc[0]
-    assert curve.dice_wt.max() > 0.8
+    assert curve.dice_wt.max() > 0.7
 
 
 def test_the_curve_has_a_row_per_validation(tmp_path):

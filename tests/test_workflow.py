@@ -62,6 +62,15 @@ def planned(study, *arguments):
     return {rule: int(count) for rule, count in re.findall(r"^(\w+)\s+(\d+)$", table, flags=re.MULTILINE)}
 
 
+def changed(study, **sections):
+    """Return the option that runs a study with some sections of its configuration changed."""
+    config = yaml.safe_load((study / "config.yaml").read_text())
+    for name, value in sections.items():
+        config[name] = {**config.get(name, {}), **value} if isinstance(value, dict) else value
+    (study / "changed.yaml").write_text(yaml.safe_dump(config))
+    return "--configfile", str(study / "changed.yaml")
+
+
 def write_study(folder, models, n_test=N_TEST):
     rows = []
     for number, split in enumerate(["train", "train", "validation"] + ["test"] * n_test):
@@ -218,17 +227,17 @@ def test_a_touched_checkpoint_costs_nothing(study):
 
 
 def test_more_passes_draw_only_the_new_ones(study):
-    jobs = planned(study, "--config", "sample={passes: 5, device: cpu}")
+    jobs = planned(study, *changed(study, sample={"passes": 5}))
     assert jobs["sample"] == N_TEST
     assert not {"preprocess", "train", "gather"} & set(jobs)
 
 
 def test_another_number_of_resamples_redoes_the_cohort_and_what_follows(study):
-    assert set(planned(study, "--config", "cohort={resamples: 101}")) == {"cohort", "report", "all"}
+    assert set(planned(study, *changed(study, cohort={"resamples": 101}))) == {"cohort", "report", "all"}
 
 
 def test_report_settings_redo_the_report_only(study):
-    assert set(planned(study, "--config", "report={title: other}")) == {"report", "all"}
+    assert set(planned(study, *changed(study, report={"title": "other"}))) == {"report", "all"}
 
 
 def test_a_replaced_scan_redoes_that_patient_and_the_cohort(tmp_path):
@@ -262,9 +271,9 @@ def test_a_damaged_patient_fails_alone_and_is_named(tmp_path):
     record = json.loads((tmp_path / "results/failed/preprocess/p4.json").read_text())
     assert "p4_t2.nii.gz" in record["reason"]
     assert (tmp_path / "results/given/tally/p3.parquet").is_file()
-    jobs = planned(tmp_path, "--config", "on_bad_patient=exclude")
-    assert set(jobs) == {"cohort", "report", "all"}
-    snakemake(tmp_path, "--config", "on_bad_patient=exclude")
+    exclude = changed(tmp_path, on_bad_patient="exclude")
+    assert set(planned(tmp_path, *exclude)) == {"cohort", "report", "all"}
+    snakemake(tmp_path, *exclude)
     assert "p4_t2.nii.gz" in (tmp_path / "results/report/index.html").read_text()
 
 
