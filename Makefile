@@ -20,8 +20,8 @@ help:
 	touch $@
 
 demo: .venv/ready
-	test -e demo/patients.tsv || $(BIN)/segtrust phantom demo --patients 32 --shape 64 72 56 --seed 1 --train 16 --validation 4
-	$(BIN)/segtrust run . --profile local --cores $(CORES)
+	test -e demo/patients.tsv || $(BIN)/segtrust phantom demo --patients 30 --shape 64 72 56 --seed 1 --train 16 --validation 4
+	$(BIN)/segtrust run . --profile local --cores $(CORES) --set-threads train=1  # the two trainings side by side
 	@echo "Report: results/report/index.html    Tables: results/<model>/cohort/"
 
 test: .venv/ready

@@ -9,7 +9,7 @@ from itertools import permutations
 
 import numpy as np
 
-from segtrust.regions import CODINGS, REGIONS, region_masks
+from segtrust.regions import CLASSES, CODINGS, REGIONS, region_masks
 
 BETTER_BY = 0.1
 FEW_PATIENTS = 10
@@ -57,6 +57,31 @@ def channel_order(overlap, predicted, reference, model):
     return [alarm("channel_order", "error", model, None, message, value)]
 
 
+def class_order(classes, model):
+    """Tell whether the model's classes seem to be in another order.
+
+    classes : as for `coding`
+
+    The mean Dice over cases and regions is computed under every order of the four predicted classes; one that is
+    better by more than 0.1 is named. Only a softmax has such an order, so this is a warning.
+    """
+    score = {
+        order: np.mean([_region_dice(table, _IN_REGION, _IN_REGION[:, order]) for table in classes])
+        for order in permutations(range(4))
+    }
+    given, best = score[0, 1, 2, 3], max(score, key=score.get)
+    if score[best] - given <= BETTER_BY:
+        return []
+    order = [CLASSES[label] for label in best]
+    message = (
+        f"The predicted classes fit the references better in another order: with {', '.join(order)} in place of "
+        f"{', '.join(CLASSES)}, the mean Dice over all regions is {score[best]:.3f} instead of {given:.3f}. If the "
+        "`outputs` of this model are a softmax, check the order of its classes; check the coding of the references too."
+    )
+    value = {"order": order, "dice": float(score[best]), "given": float(given)}
+    return [alarm("class_order", "warning", model, None, message, value)]
+
+
 def coding(classes, given, model):
     """Tell whether the references fit the predictions better when their codes are read in another coding.
 
@@ -97,9 +122,9 @@ def _read_again(table, own, other):
     return membership
 
 
-def _region_dice(table, in_reference):
-    overlap = _IN_REGION[:, :4] @ table @ in_reference.T
-    total = _IN_REGION[:, :4] @ table.sum(axis=1) + in_reference @ table.sum(axis=0)
+def _region_dice(table, in_reference, in_prediction=_IN_REGION[:, :4]):
+    overlap = in_prediction @ table @ in_reference.T
+    total = in_prediction @ table.sum(axis=1) + in_reference @ table.sum(axis=0)
     return _dice(2 * np.diag(overlap), total)
 
 
@@ -133,10 +158,14 @@ def zero_variance(variance, model):
         still = int((known == 0).sum())
         if still:
             message = (
-                f"All passes are identical on {region} in {still} of {len(known)} patients: nothing random was active, "
-                "so mutual information and variance are 0 there by construction. Check `stochastic` of this model."
+                f"All passes are identical on {region} in {still} of {len(known)} patients, so mutual information and "
+                "variance are 0 there. "
             )
-            severity = "error" if still == len(known) else "warning"
+            if still == len(known):
+                severity, cause = "error", "Nothing random was active: check `stochastic` of this model."
+            else:
+                severity, cause = "warning", f"Where the model sees no {region} at all, this is to be expected."
+            message += cause
             found.append(alarm("zero_variance", severity, model, region, message, still))
     return found
 

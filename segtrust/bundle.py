@@ -20,6 +20,7 @@ CLASS_NAMES = {
     "ET": ("et", "enhancingtumor", "gdenhancingtumor"),
 }
 # what a bundle may do to its images without changing the numbers the network sees
+READ = ("NormalizeIntensity", "Orientation", "CenterSpatialCrop", "Activations")
 HARMLESS = ("LoadImage", "EnsureChannelFirst", "EnsureType", "Orientation", "CropForeground", "CenterSpatialCrop")
 
 
@@ -63,7 +64,10 @@ class _Config:
 
     def __init__(self, path):
         self.path = path
-        self.content = json.loads(path.read_text(encoding="utf-8"))
+        try:
+            self.content = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise SegtrustError(f"{path} is no JSON: {error}") from error
 
     def __contains__(self, key):
         return key in self.content
@@ -79,6 +83,16 @@ class _Config:
             value = self._find(value, key)
         self._refuse(value, key)
         return value
+
+    def resolved(self, value, key):
+        """Return a value with all references resolved; key : its place, for messages."""
+        return self._resolve(value, key, ())
+
+    def target(self, value, key):
+        """Return the name of the class that a part of the config describes, without its package."""
+        if not isinstance(value, dict) or not isinstance(value.get("_target_"), str):
+            raise SegtrustError(f"{self.path}: {key} has no _target_")
+        return value["_target_"].rpartition(".")[2]
 
     def _resolve(self, value, key, seen):
         if isinstance(value, dict):
@@ -133,8 +147,11 @@ def _transforms(config, key):
     steps = compose.get("transforms", []) if isinstance(compose, dict) else compose
     found = []
     for index, step in enumerate(steps):
-        name = step["_target_"].rpartition(".")[2]
-        found.append((re.sub(r"(Dict|d|D)$", "", name), name, step, f"{key}#transforms#{index}"))
+        place = f"{key}#transforms#{index}"
+        name = config.target(step, place)
+        kind = re.sub(r"(Dict|d|D)$", "", name)
+        # other transforms may hold expressions: what they would do does not matter
+        found.append((kind, name, config.resolved(step, place) if kind in READ else step, place))
     return found
 
 
@@ -175,9 +192,18 @@ def _inferer(config):
     """Return (window, overlap) of the bundle's inferer; (None, 0) when it predicts the image as one."""
     if "inferer" not in config:
         return None, 0
-    inferer = config.plain("inferer")
-    if inferer["_target_"].rpartition(".")[2] != "SlidingWindowInferer":
+    inferer = config.shallow("inferer")
+    name = config.target(inferer, "inferer")
+    if name == "SimpleInferer":
         return None, 0
+    if name != "SlidingWindowInferer" or inferer.get("mode", "constant") != "constant":
+        raise SegtrustError(
+            f"{config.path}: inferer is {name} with mode {inferer.get('mode', 'constant')}; only SimpleInferer and "
+            "SlidingWindowInferer with mode constant are done here"
+        )
+    inferer = {
+        key: config.resolved(inferer[key], f"inferer#{key}") for key in ("roi_size", "overlap") if key in inferer
+    }
     return inferer["roi_size"], inferer.get("overlap", 0.25)
 
 

@@ -10,7 +10,6 @@ from pathlib import Path
 
 from segtrust.config import ROOT
 from segtrust.errors import SegtrustError
-from segtrust.files import replacing
 
 SPLITS = ("train", "validation", "calibration")
 
@@ -42,15 +41,19 @@ def _parser():
     run = commands.add_parser(
         "run",
         help="run a study; prints the Snakemake command and executes it",
-        epilog="Further options go to Snakemake, such as -n (dry run) or --cores 4.",
+        usage="segtrust run [-h] [--profile PROFILE] [STUDY] [options of Snakemake]",
+        epilog="STUDY: folder with config.yaml (default: here). All other options go to Snakemake, such as -n "
+        "(dry run) or --cores 4.",
+        allow_abbrev=False,
     )
-    run.add_argument("study", nargs="?", default=".", help="folder with config.yaml (default: here)")
     run.add_argument("--profile", default="local", help="local, slurm, or the path of a Snakemake profile")
 
     phantom = commands.add_parser("phantom", help="draw a cohort of synthetic patients in BraTS 2021 files")
     phantom.add_argument("folder")
     phantom.add_argument("--patients", type=int, required=True, help="how many")
-    phantom.add_argument("--shape", type=int, nargs=3, default=(240, 240, 155), metavar=("X", "Y", "Z"), help="voxels of 1 mm")
+    phantom.add_argument(
+        "--shape", type=int, nargs=3, default=(240, 240, 155), metavar=("X", "Y", "Z"), help="voxels of 1 mm"
+    )
     phantom.add_argument("--seed", type=int, default=0)
     for split in SPLITS:
         phantom.add_argument(f"--{split}", type=int, default=0, help=f"how many of them have split {split}")
@@ -65,7 +68,9 @@ def _init(options, _):
 
 
 def _run(options, rest):
-    study = Path(options.study).resolve()
+    # argparse would take the value of one of Snakemake's options for the study
+    study, rest = (rest[0], rest[1:]) if rest and not rest[0].startswith("-") else (".", rest)
+    study = Path(study).resolve()
     if not (study / "config.yaml").is_file():
         raise SegtrustError(f"no config.yaml in {study}; start a study with `segtrust init FOLDER`")
     profile = Path(options.profile) if os.sep in options.profile else ROOT / "profiles" / options.profile

@@ -91,7 +91,7 @@ CASE = "case"  # aggregation of scores that belong to the case as a whole
 PAIRWISE_DICE = "pairwise_dice"
 PREDICTED_VOLUME = "predicted_volume"
 
-AGREEING = ("model", "tally")
+AGREEING = ("preprocess", "model", "voxels", "tally")
 LEAST_PASSES_FOR_VOLUMES = 19
 RESAMPLED_SCORE_BINS = 1_024
 CURVE_POINTS = 101
@@ -153,6 +153,7 @@ def cohort(tallies, patients, *, model, n_resamples, failure_dice, seed, n_bins)
                 _discrimination(rows, curves, evaluated, region, mask, measure)
             for kind in (PROBABILITY, DETERMINISTIC):
                 found += _calibration(rows, curves, evaluated, region, mask, kind, n_bins, tables.get(region))
+    _two_views(rows, evaluated)
     stratum_rows = []
     for region, table in tables.items():
         _segmentation(rows, evaluated, region, table)
@@ -175,8 +176,8 @@ def cohort(tallies, patients, *, model, n_resamples, failure_dice, seed, n_bins)
 def check_agreement(provenances):
     """Raise Problems when results of several patients were made differently and may not be pooled.
 
-    provenances : {patient: provenance}; the flat dicts under its keys `model` and `tally` have to agree. Every key
-    that differs is named with its values and patients.
+    provenances : {patient: provenance}; the flat dicts under its keys `AGREEING` have to agree. Every key that
+    differs is named with its values and patients.
     """
     problems = []
     for part in AGREEING:
@@ -370,6 +371,7 @@ def _discrimination(rows, curves, evaluated, region, mask, measure):
     ranges |= {"mean_uncertainty": (-np.inf, 0) if measure == "boundary_proximity" else (0, 1)}
     _add_patient_means(rows, evaluated, per_case, ranges, n_voxels, **keys)
     _add_pooled(rows, evaluated, pooled, resampled, n_voxels, **keys)
+    _add_certificates(rows, counts, n_voxels, **keys)
     _ranking_curves(curves, total, keys)
 
 
@@ -381,6 +383,18 @@ def _discrimination_values(sums, counts):
         ("mean_uncertainty", None): metrics.mean_uncertainty(sums, counts),
         ("pearson_with_loss", None): metrics.pearson_with_loss(sums, counts),
     }
+
+
+def _add_certificates(rows, counts, n_voxels, **keys):
+    """Add the most by which ties within bins can change the two rows of `auroc`."""
+    bound = intervals.Intervals(np.nan, np.nan, np.nan, "none: a bound")
+    each = metrics.auroc_certificate(counts)
+    exists = np.isfinite(each)
+    value = float(each[exists].mean()) if exists.any() else np.nan
+    keys |= {"metric": "auroc_certificate", "interval": bound}
+    rows.add(value=value, n_cases=exists.sum(), n_voxels=n_voxels[exists].sum(), pooling="patient_mean", **keys)
+    value = float(metrics.auroc_certificate(counts.sum(axis=0)))
+    rows.add(value=value, n_cases=(n_voxels > 0).sum(), n_voxels=n_voxels.sum(), pooling="pooled", **keys)
 
 
 def _add_undefined(rows, names, **keys):
@@ -614,7 +628,8 @@ def _quantile_starts(voxels, n_bins):
 def _recalibration(weights, part):
     """Return intercept and slope of logistic recalibration of the pooled voxels, and of each resample.
 
-    A resample takes one Newton step from the cohort's fit, which leaves an error of second order.
+    A resample takes one Newton step from the cohort's fit, which leaves an error of second order. NaN where it holds
+    one class only.
     """
     total = _summed(part)
     fit = np.array(metrics.logistic_recalibration(total["n"], total["sum_logit"]), np.float64)
@@ -632,6 +647,8 @@ def _recalibration(weights, part):
         determinant = constant * square - mixed**2
         refits[:, 0] = fit[0] + _ratio(square * gradient[:, 0] - mixed * gradient[:, 1], determinant)
         refits[:, 1] = fit[1] + _ratio(constant * gradient[:, 1] - mixed * gradient[:, 0], determinant)
+        one_class = (weights @ part["n"].sum(axis=1) == 0).any(axis=1)
+        refits[one_class] = np.nan
     return dict(zip(names, fit, strict=True)), dict(zip(names, refits.T, strict=True))
 
 
@@ -691,6 +708,7 @@ def _cases(tallies, region):
         "hd95": column("hd95"),
         "hd95_brats": column("hd95_brats"),
         "nsd_1mm": column("nsd_1mm"),
+        "dice_lesionwise": column("dice_lesionwise"),
         "volume_ml": column("predicted_ml"),
         "reference_ml": column("reference_ml"),
         "pairwise_dice": column("pairwise_dice"),
@@ -763,7 +781,7 @@ def _segmentation(rows, evaluated, region, table):
         "hd95_brats",
         "nsd_1mm",
     )
-    names += ("volume_ml", "volume_error_ml", "pairwise_dice")
+    names += ("dice_lesionwise", "volume_ml", "volume_error_ml", "pairwise_dice")
     values = {(name, None): table[name] for name in names}
     values["absolute_delta_dice", None] = np.abs(table["delta_dice"])
     _add_patient_means(rows, evaluated, values, SEGMENTATION_RANGES, None, region=region)
@@ -797,6 +815,16 @@ def _segmentation(rows, evaluated, region, table):
     value = covered.sum() / known.sum() if known.any() else np.nan
     interval = intervals.wilson(int(covered.sum()), int(known.sum()), int(draws.count_subjects(known)))
     rows.add("volume_coverage", float(value), interval, known.sum(), **keys)
+
+
+def _two_views(rows, evaluated):
+    """Add the share of voxels where the most probable class is not what the overlay of the regions says."""
+    differs, n_voxels = (
+        np.array([tally.counts[name] for tally in evaluated.tallies]) for name in ("n_argmax_differs", "n_voxels")
+    )
+    weights, key = evaluated.draws.weights, ("argmax_differs", None)
+    values = {key: differs.sum() / n_voxels.sum()}
+    _add_pooled(rows, evaluated, values, {key: _ratio(weights @ differs, weights @ n_voxels)}, n_voxels, region=ALL)
 
 
 def _qu_brats(rows, curves, evaluated, region):
@@ -852,7 +880,8 @@ def _boundary(rows, evaluated, region):
     )
     values = {("buc", None): metrics.buc(sums, counts), ("ba_ece", None): metrics.ba_ece(sums, counts)}
     n_voxels = counts.sum(axis=(1, 2, 3))
-    _add_patient_means(rows, evaluated, values, {}, n_voxels, region=region, measure="entropy")
+    keys = {"region": region, "measure": "entropy", "conditional_on_reference": True}
+    _add_patient_means(rows, evaluated, values, {}, n_voxels, **keys)
 
 
 def _add_mean_curve(curves, evaluated, curve, x, y, **keys):
@@ -909,7 +938,10 @@ def _triage(rows, curves, evaluated, region, table, key, calibration, failure_di
 
 
 def _patients_table(evaluated, tables):
-    """Return one row per patient and region, with the scores and the sheet's further columns."""
+    """Return one row per patient and region, with the scores and the sheet's further columns.
+
+    Scores that do not exist (no deterministic pass, a single pass) are null, and keep their columns.
+    """
     names = (
         "dice",
         "dice_deterministic",
@@ -929,7 +961,8 @@ def _patients_table(evaluated, tables):
         "pairwise_dice",
     )
     common = ("patient", "subject", "split")
-    keys = sorted({key for table in tables.values() for key in table["scores"]}, key=_score_place)
+    keys = [(aggregation, measure) for aggregation in AGGREGATIONS for measure in MEASURES]
+    keys += [(CASE, PAIRWISE_DICE), (CASE, PREDICTED_VOLUME)]
     unknown = np.full(len(evaluated.tallies), np.nan)
     parts = []
     for region, table in tables.items():
@@ -948,11 +981,6 @@ def _patients_table(evaluated, tables):
     return whole.take(np.arange(len(whole)).reshape(len(parts), -1).T.ravel()).combine_chunks()
 
 
-def _score_place(key):
-    aggregation, measure = key
-    return [*AGGREGATIONS, CASE].index(aggregation), [*MEASURES, PAIRWISE_DICE, PREDICTED_VOLUME].index(measure)
-
-
 # --- alarms -------------------------------------------------------------------------------------------------------
 
 
@@ -965,7 +993,8 @@ def _alarms(evaluated, tables):
     )
     classes = np.stack([tally.classes("volume") for tally in tallies])
     found = alarms.few_patients(evaluated.draws.n_subjects, model)
-    found += alarms.channel_order(overlap, predicted, reference, model)
+    # regions in another order are classes in another order too: the first says it more simply
+    found += alarms.channel_order(overlap, predicted, reference, model) or alarms.class_order(classes, model)
     if "coding" in evaluated.patients:
         found += alarms.coding(classes, list(evaluated.patients["coding"]), model)
     found += alarms.empty_regions(predicted, reference, model)

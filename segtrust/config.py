@@ -12,6 +12,8 @@ from segtrust.errors import raise_if_any
 ROOT = Path(__file__).resolve().parents[1]
 SCHEMAS = ROOT / "workflow" / "schemas"
 KINDS = ("bundle", "checkpoint", "train", "predictions")
+# how a model sees a scan, and what it returns
+VIEW_KEYS = ("channels", "outputs", "crop", "orientation", "window", "overlap")
 
 
 @cache
@@ -25,14 +27,29 @@ def checked_config(raw):
 
     raw : the configuration as read from YAML, a dict
 
-    Raises Problems naming every key that is unknown, missing, or has a value out of range.
+    A bundle's entry holds of `VIEW_KEYS` only those that were given. Raises Problems naming every key that is unknown,
+    missing, or has a value out of range.
     """
-    found = sorted(Draft202012Validator(schema("config")).iter_errors(raw), key=lambda error: list(map(str, error.path)))
+    found = sorted(
+        Draft202012Validator(schema("config")).iter_errors(raw), key=lambda error: list(map(str, error.path))
+    )
     problems = [message for error in found for message in _messages(error, "config.yaml")]
     raise_if_any(problems)
     config = with_defaults(raw, schema("config"), schema("config"))
-    raise_if_any([message for name, model in config["models"].items() for message in _model_problems(name, model, config)])
+    for name, model in config["models"].items():
+        if "bundle" in model:  # what is not given, the bundle says, and only then the schema
+            given = raw["models"][name]
+            config["models"][name] = {key: model[key] for key in model if key in given or key not in VIEW_KEYS}
+    raise_if_any(
+        [message for name, model in config["models"].items() for message in _model_problems(name, model, config)]
+    )
     return config
+
+
+def view_defaults():
+    """Return the defaults of `VIEW_KEYS`, a dict."""
+    keys = schema("config")["$defs"]["model"]["properties"]
+    return {key: keys[key]["default"] for key in VIEW_KEYS}
 
 
 def with_defaults(value, part, root):
@@ -70,7 +87,7 @@ def _messages(error, file):
     value = error.instance
     if error.validator == "additionalProperties":
         known = error.schema.get("properties", {})
-        for key in sorted(set(value) - set(known)):
+        for key in sorted(map(str, set(value) - set(known))):
             close = difflib.get_close_matches(key, known, n=1)
             hint = f"did you mean {close[0]!r}?" if close else f"known here: {', '.join(sorted(known))}."
             yield f"{where}: unknown key {key!r}; {hint}"
@@ -79,7 +96,7 @@ def _messages(error, file):
         yield f"{where}: the key {', '.join(map(repr, missing))} is missing."
     elif error.validator == "enum":
         yield f"{where}: found {value!r}, expected one of {', '.join(map(str, error.validator_value))}."
-    elif error.validator in ("pattern", "not"):
+    elif error.validator in ("pattern", "not") or "propertyNames" in error.schema_path:
         yield f"{where}: {_name_message(error, value)}"
     else:
         meaning = error.schema.get("description")
@@ -87,6 +104,8 @@ def _messages(error, file):
 
 
 def _name_message(error, value):
+    if error.validator == "type":
+        return f"the name {value!r} is no text to YAML; write it in quotes."
     if error.validator == "not":
         return f"{value!r} is the name of a folder beside the models; choose another name."
     if "{patient}" in str(error.validator_value).replace("\\", ""):

@@ -61,6 +61,7 @@ def _failure(snakemake, stage, error):
         "stage": stage,
         "patient": snakemake.wildcards.patient,
         "model": getattr(snakemake.wildcards, "model", None),
+        "coding": getattr(snakemake.params, "coding", None),
         "reason": str(error),
         "inputs": [input_state(path) for path in snakemake.input],
     }

@@ -1,7 +1,7 @@
 """Find the patients of a data folder by the way its files are named.
 
-Known layouts: BraTS 2017–2021 (`ID_t1ce.nii.gz`), BraTS 2023 and later (`ID-t1c.nii.gz`), Medical Segmentation Decathlon
-(dataset.json, 4-D images) and nnU-Net raw (dataset.json, `ID_0000.nii.gz`).
+Known layouts: BraTS 2017–2021 (`ID_t1ce.nii.gz`), BraTS 2023 and later (`ID-t1c.nii.gz`), Medical Segmentation
+Decathlon (dataset.json, 4-D images) and nnU-Net raw (dataset.json, `ID_0000.nii.gz`).
 """
 
 import os
@@ -11,7 +11,7 @@ from pathlib import Path
 
 from segtrust.errors import SegtrustError, raise_if_any
 from segtrust.files import read_json
-from segtrust.preprocess import MODALITIES
+from segtrust.preprocess import MODALITIES, MSD_CHANNELS
 
 NIFTI = (".nii.gz", ".nii")
 
@@ -56,7 +56,7 @@ def find_patients(folder):
         raise SegtrustError(f"no such folder: {folder}")
     if (folder / "dataset.json").is_file():
         return _from_dataset(folder.resolve(), read_json(folder / "dataset.json"))
-    files = sorted(path for path in folder.resolve().rglob("*") if path.name.endswith(NIFTI) and path.is_file())
+    files = sorted(_nifti_files(folder.resolve()))
     found = {layout: _by_patient(files, *rule[:2]) for layout, rule in NAMED_LAYOUTS.items()}
     found = {layout: patients for layout, patients in found.items() if patients}
     if not found:
@@ -72,6 +72,22 @@ def find_patients(folder):
         problems += layout_problems
     raise_if_any(problems)
     return " and ".join(found), sorted(rows, key=lambda row: row["patient"])
+
+
+def _nifti_files(folder):
+    """Yield the NIfTI files at any depth, links to folders followed, hidden files (macOS leaves `._` ones) left out."""
+    seen = set()
+    for place, folders, names in os.walk(folder, followlinks=True):
+        real = os.path.realpath(place)
+        if real in seen:
+            folders.clear()  # a link that leads back
+            continue
+        seen.add(real)
+        yield from (
+            Path(place, name)
+            for name in names
+            if name.endswith(NIFTI) and name[0] != "." and Path(place, name).is_file()
+        )
 
 
 def _by_patient(files, separator, endings):
@@ -93,10 +109,14 @@ def _rows(patients, coding):
         if missing:
             seen = sorted(str(path.name) for paths in columns.values() for path in paths)
             problems.append(f"{name}: no file for {', '.join(missing)}; found only {', '.join(seen)}.")
-        for column in doubled:
-            problems.append(f"{name}: {len(columns[column])} files for {column}: {', '.join(map(str, columns[column]))}.")
+        problems += [
+            f"{name}: {len(columns[column])} files for {column}: {', '.join(map(str, columns[column]))}."
+            for column in doubled
+        ]
         if not missing and not doubled:
-            rows.append({"patient": name, **{column: str(paths[0]) for column, paths in columns.items()}, "coding": coding})
+            rows.append(
+                {"patient": name, **{column: str(paths[0]) for column, paths in columns.items()}, "coding": coding}
+            )
     return rows, problems
 
 
@@ -107,10 +127,12 @@ def _from_dataset(folder, dataset):
     columns = {int(number): CHANNEL_NAMES.get(str(name).casefold()) for number, name in channels.items()}
     if sorted(filter(None, columns.values())) != sorted(MODALITIES):
         raise SegtrustError(
-            f"{folder / 'dataset.json'}: channels are {', '.join(map(str, channels.values()))}; expected T1, T1ce (T1gd), "
-            "T2 and FLAIR."
+            f"{folder / 'dataset.json'}: channels are {', '.join(map(str, channels.values()))}; expected T1, T1ce "
+            "(T1gd), T2 and FLAIR."
         )
-    images = sorted(path for path in (folder / "imagesTr").glob("*") if path.name.endswith(NIFTI) and path.name[0] != ".")
+    images = sorted(
+        path for path in (folder / "imagesTr").glob("*") if path.name.endswith(NIFTI) and path.name[0] != "."
+    )
     numbered = re.compile(r"(.+)_(\d{4})\.nii(?:\.gz)?")
     if any(numbered.fullmatch(path.name) for path in images):
         patients = defaultdict(lambda: defaultdict(list))
@@ -121,12 +143,16 @@ def _from_dataset(folder, dataset):
         layout = "nnU-Net raw"
     else:
         order = tuple(columns[number] for number in sorted(columns))
-        if order != ("flair", "t1", "t1ce", "t2"):
-            raise SegtrustError(f"{folder / 'dataset.json'}: channels of 4-D files are read as FLAIR, T1, T1gd, T2; found {order}")
+        if order != MSD_CHANNELS:
+            raise SegtrustError(
+                f"{folder / 'dataset.json'}: channels of 4-D files are read as FLAIR, T1, T1gd, T2; found {order}"
+            )
         patients = {_stem(path): {"image": [path]} for path in images}
         layout = "Medical Segmentation Decathlon"
     for name, found in patients.items():
-        found.update({"seg": [path] for path in _labels(folder, name)})
+        labels = _labels(folder, name)
+        if labels:
+            found["seg"] = labels
     if layout == "nnU-Net raw":
         rows, problems = _rows(patients, "msd")
         raise_if_any(problems)

@@ -64,13 +64,17 @@ def write_maps(paths, moments, passes, coding, provenance):
     """Write maps of moments as NIfTI on the patient's own grid, each with its provenance as JSON beside it.
 
     paths : dict from the name of a map to its path (….nii.gz)
-    passes : T, the number of passes to use    """
+    passes : T, the number of passes to use
+
+    A map that is undefined is NaN everywhere.
+    """
     summary = moments.summary(passes)
     for name, path in paths.items():
         volume = make_map(name, summary, coding)
+        own = moments.place(summary.probability if volume is None else volume)
         if volume is None:
-            volume = np.full_like(summary.probability, np.nan)
-        write_volume(path, moments.place(volume), moments.geometry, f"segtrust: {_UNITS[name]}")
+            own.fill(np.nan)
+        write_volume(path, own, moments.geometry, f"segtrust: {_UNITS[name]}")
         write_json(sidecar(path), {"map": name, "meaning": _UNITS[name], "passes": passes, **provenance})
 
 

@@ -4,13 +4,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from segtrust.bundle import read_bundle
+from segtrust.config import VIEW_KEYS, view_defaults
 from segtrust.errors import SegtrustError, raise_if_any
 from segtrust.gather import find_passes
 from segtrust.moments import block_ends
 
 # of a model's settings, those that the course of a training depends on
 TRAINED_KEYS = ("channels", "outputs", "window", "overlap", "seed")
-VIEW_KEYS = ("channels", "outputs", "crop", "orientation", "window", "overlap")
 
 
 @dataclass(frozen=True)
@@ -19,8 +19,8 @@ class Model:
 
     name : checked identifier
     source : word for where passes come from; begins the names of files in samples/
-    settings : what changes the numbers of a pass, JSON-able: `network`, `backend`, and `sample` as `segtrust.sample.sample`
-        takes it; for predictions, the order of their channels
+    settings : what changes the numbers of a pass, JSON-able: `network`, `backend`, and `sample` as
+        `segtrust.sample.sample` takes it; for predictions, the order of their channels
     checkpoint : path of given weights, or None
     trained_as : name of the model under which the weights are trained here, or None
     train : training settings, or None
@@ -66,14 +66,15 @@ def read_models(config):
 
 
 def _model(name, entry, config):
-    view = {key: entry[key] for key in VIEW_KEYS}
+    view = {key: entry[key] for key in VIEW_KEYS if key in entry}
     if "predictions" in entry:
         return Model(name, "predictions", {"outputs": entry["outputs"]}, predictions=entry["predictions"])
     network, checkpoint, trained_as = entry.get("network"), entry.get("checkpoint"), None
     if "bundle" in entry:
         bundle = read_bundle(entry["bundle"])
         network = bundle["network"]
-        view.update({key: bundle[key] for key in VIEW_KEYS if bundle[key] is not None})
+        said = {key: bundle[key] for key in VIEW_KEYS if bundle[key] is not None}
+        view = {**view_defaults(), **said, **view}
         checkpoint = checkpoint or str(bundle["checkpoint"])
     if isinstance(checkpoint, dict):
         trained_as, checkpoint = checkpoint["model"], None

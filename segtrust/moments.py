@@ -191,9 +191,7 @@ class Accumulator:
 
     def moments(self, start, geometry):
         """Return what was added as `Moments` of a box that begins at `start` of the canonical grid."""
-        return Moments(
-            self._sums, self._volumes, self._deterministic, tuple(int(first) for first in start), geometry
-        )
+        return Moments(self._sums, self._volumes, self._deterministic, tuple(int(first) for first in start), geometry)
 
 
 def merge(parts):

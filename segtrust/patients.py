@@ -9,8 +9,8 @@ import pandas as pd
 from jsonschema import Draft202012Validator
 
 from segtrust.config import schema
-from segtrust.errors import PatientError, raise_if_any
-from segtrust.preprocess import MODALITIES, grid_problem
+from segtrust.errors import PatientError, Problems, raise_if_any
+from segtrust.preprocess import MODALITIES, check_shape, grid_problem
 from segtrust.volumes import geometry_of, load_image
 
 SAMPLED_SPLITS = ("calibration", "test")
@@ -49,8 +49,7 @@ def read_sheet(path):
     path = Path(path)
     if not path.is_file():
         raise_if_any([f"no patient sheet {path}; write one with `segtrust init FOLDER`."])
-    rows = pd.read_csv(path, sep="\t", dtype=str, keep_default_na=False, encoding="utf-8")
-    rows.columns = [column.strip() for column in rows.columns]
+    rows = _table(path)
     problems = _column_problems(rows, path)
     raise_if_any(problems)
     records = [{key: value.strip() for key, value in row.items()} for row in rows.to_dict("records")]
@@ -60,6 +59,20 @@ def read_sheet(path):
     problems += _repeated(records, path)
     raise_if_any(problems)
     return [_patient(record, path.parent) for record in records]
+
+
+def _table(path):
+    """Return a sheet's cells as text, a DataFrame; a cell that a line leaves out is empty."""
+    try:
+        # with its first line as names pandas renames a repeated column, and shifts all of them where lines are longer
+        cells = pd.read_csv(path, sep="\t", header=None, dtype=str, keep_default_na=False, encoding="utf-8").fillna("")
+    except (pd.errors.ParserError, pd.errors.EmptyDataError, UnicodeDecodeError) as error:
+        raise Problems(
+            [f"{path}: no table of tab-separated UTF-8 text ({str(error).strip()}); save it again as such."]
+        ) from error
+    cells = cells.loc[:, (cells != "").any()]
+    names = [name.strip() for name in cells.iloc[0]]
+    return cells.iloc[1:].set_axis(names, axis="columns")
 
 
 def _column_problems(rows, path):
@@ -88,8 +101,8 @@ def _row_problems(record, validator):
         column = error.path[0] if error.path else "row"
         if column == "patient":
             yield (
-                f"{name!r} is no usable patient id: expected letters, digits, '_', '.' and '-', beginning with a letter "
-                "or digit, at most 100 of them (ids become parts of paths)."
+                f"{name!r} is no usable patient id: expected letters, digits, '_', '.' and '-', beginning with a "
+                "letter or digit, at most 100 of them (ids become parts of paths)."
             )
         elif error.validator == "enum":
             allowed = ", ".join(value for value in error.validator_value if value)
@@ -135,8 +148,8 @@ def _path(value, folder):
 def header_problems(patients):
     """Return what the headers of the patients' files show to be wrong, a dict from patient id to messages.
 
-    Checks that every file is there and is an image, and that the files of a patient lie on one grid. Voxels are not
-    read.
+    Checks that every file is there and is an image, and that the files of a patient have the dimensions they should and
+    lie on one grid. Voxels are not read.
     """
     problems = {patient.patient: _patient_problems(patient) for patient in patients}
     return {name: messages for name, messages in problems.items() if messages}
@@ -146,7 +159,9 @@ def _patient_problems(patient):
     problems, geometries = [], {}
     for column, path in patient.files.items():
         try:
-            geometries[column] = geometry_of(load_image(path, f"{patient.patient}, {column}"))
+            image = load_image(path, f"{patient.patient}, {column}")
+            check_shape(image.shape, column, patient.patient, path)
+            geometries[column] = geometry_of(image)
         except PatientError as error:
             problems.append(str(error))
     if len(geometries) > 1:

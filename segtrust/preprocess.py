@@ -15,6 +15,7 @@ from segtrust.files import canonical_json, replacing
 from segtrust.volumes import Geometry, geometry_of, load_image, read_voxels
 
 MODALITIES = ("t1", "t1ce", "t2", "flair")
+MSD_CHANNELS = ("flair", "t1", "t1ce", "t2")
 
 
 @dataclass(frozen=True)
@@ -52,9 +53,7 @@ class Preprocessed:
     @property
     def box(self):
         """Return the slices of the brain box in the canonical grid."""
-        return tuple(
-            slice(first, first + size) for first, size in zip(self.start, self.nonzero.shape, strict=True)
-        )
+        return tuple(slice(first, first + size) for first, size in zip(self.start, self.nonzero.shape, strict=True))
 
 
 def read_modalities(scan, patient):
@@ -77,16 +76,9 @@ def read_modalities(scan, patient):
     return volumes, geometry
 
 
-MSD_CHANNELS = ("flair", "t1", "t1ce", "t2")
-
-
 def _read_one_file(path, patient):
     image = load_image(path, patient)
-    if len(image.shape) != 4 or image.shape[3] != len(MODALITIES):
-        raise PatientError(
-            f"{patient}: the file has shape {image.shape}, expected (x, y, z, 4) with the channels "
-            f"{', '.join(MSD_CHANNELS)}: {path}"
-        )
+    check_shape(image.shape, "image", patient, path)
     voxels = read_voxels(image, patient, path)
     order = [MSD_CHANNELS.index(modality) for modality in MODALITIES]
     return np.stack([voxels[..., channel] for channel in order]), geometry_of(image)
@@ -94,16 +86,24 @@ def _read_one_file(path, patient):
 
 def _read_four(scan, patient):
     images = {modality: load_image(scan[modality], patient) for modality in MODALITIES}
+    for modality, image in images.items():
+        check_shape(image.shape, modality, patient, scan[modality])
     problem = grid_problem({modality: geometry_of(image) for modality, image in images.items()}, patient)
     if problem:
         raise PatientError(problem)
-    for modality, image in images.items():
-        if len(image.shape) != 3:
-            raise PatientError(
-                f"{patient}: {modality} has shape {image.shape}, a 3-D volume is expected: {scan[modality]}"
-            )
     volumes = np.stack([read_voxels(image, patient, scan[modality]) for modality, image in images.items()])
     return volumes, geometry_of(images[MODALITIES[0]])
+
+
+def check_shape(shape, column, patient, path):
+    """Raise PatientError when a file of the sheet's column `column` cannot have this shape."""
+    if column == "image" and (len(shape) != 4 or shape[3] != len(MODALITIES)):
+        raise PatientError(
+            f"{patient}: the file has shape {shape}, expected (x, y, z, {len(MODALITIES)}) with the channels "
+            f"{', '.join(MSD_CHANNELS)}: {path}"
+        )
+    if column != "image" and len(shape) != 3:
+        raise PatientError(f"{patient}: {column} has shape {shape}, a 3-D volume is expected: {path}")
 
 
 def grid_problem(geometries, patient):
@@ -112,9 +112,7 @@ def grid_problem(geometries, patient):
     geometries : dict from the name of a column to its Geometry; the first is what the others are held against
     """
     (first, expected), *others = geometries.items()
-    differing = [
-        f"{name} has {found.describe()}" for name, found in others if not found.agrees_with(expected)
-    ]
+    differing = [f"{name} has {found.describe()}" for name, found in others if not found.agrees_with(expected)]
     if not differing:
         return None
     return (

@@ -222,7 +222,7 @@ def report(models, results, folder, settings, sheet, excluded=None):
             if not ID.fullmatch(name)
         ]
     )
-    runs = [_read_model(results, name) for name in models]
+    runs = [_read_model(results, name, sheet) for name in models]
     raise_if_any(
         [
             f"{run.name}: neither cohort tables nor maps in {results / run.name}; run the workflow first"
@@ -230,7 +230,9 @@ def report(models, results, folder, settings, sheet, excluded=None):
             if not run.evaluated and not run.mapped
         ]
     )
-    reasons = {name: "failed in " + "; ".join(found) for name, found in read_failures(results).items()}
+    people = {person.patient for person in sheet}
+    failures = {name: found for name, found in read_failures(results).items() if name in people}
+    reasons = {name: "failed in " + "; ".join(found) for name, found in failures.items()}
     reasons |= excluded or {}
     sections = [_section(run, results, folder, settings, sheet, reasons) for run in runs]
     page = (
@@ -292,17 +294,20 @@ def _section(run, results, folder, settings, sheet, reasons):
 # --- reading ---
 
 
-def _read_model(results, name):
+def _read_model(results, name, sheet):
+    """Read what the run left of one model; what earlier runs left of patients no longer in the sheet is not shown."""
     run = ModelFiles(name)
     cohort = results / name / "cohort"
-    if (cohort / "metrics.parquet").exists():
+    evaluable = any(person.split == "test" and person.seg for person in sheet)
+    if evaluable and (cohort / "metrics.parquet").exists():
         for table in ("metrics", "patients", "strata", "curves"):
             rows, provenance = read_parquet(cohort / f"{table}.parquet")
             setattr(run, table, rows.to_pandas())
             run.provenance = run.provenance or provenance
         run.alarms = read_json(cohort / "alarms.json")
     ending = "_segmentation.nii.gz"
-    run.mapped = sorted(path.name.removesuffix(ending) for path in (results / name / "maps").glob(f"*{ending}"))
+    mapped = {path.name.removesuffix(ending) for path in (results / name / "maps").glob(f"*{ending}")}
+    run.mapped = sorted(mapped & {person.patient for person in sheet})
     return run
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from segtrust.config import checked_config
 from segtrust.errors import Problems, SegtrustError, raise_if_any
 from segtrust.files import canonical_json, read_json
+from segtrust.gather import find_passes
 from segtrust.jobs import input_state
 from segtrust.models import passes_of, plan_chunks, read_models
 from segtrust.patients import SAMPLED_SPLITS, header_problems, read_sheet
@@ -59,13 +60,16 @@ class Study:
         return [name for name, patient in self.patients.items() if patient.split in splits]
 
     def chunks(self, model, patient):
-        """Return the files of passes that a patient needs under a model, planned around those that exist."""
+        """Return the files of passes that a patient needs under a model, planned around those that exist.
+
+        Predictions made elsewhere are gathered into one file.
+        """
         folder = Path("results") / model / "samples" / patient
-        source = self.models[model].source
+        source, is_network = self.models[model].source, self.models[model].is_network
         pattern = re.compile(re.escape(source) + r"_(\d+)-(\d+)\.safetensors")
-        names = [path.name for path in folder.iterdir()] if folder.is_dir() else []
+        names = [path.name for path in folder.iterdir()] if is_network and folder.is_dir() else []
         existing = [tuple(map(int, match.groups())) for name in names if (match := pattern.fullmatch(name))]
-        per_job = self.config["sample"]["passes_per_job"] if self.models[model].is_network else None
+        per_job = self.config["sample"]["passes_per_job"] if is_network else None
         planned = plan_chunks(existing, self.passes[model], per_job)
         return [f"{folder}/{source}_{first}-{last}.safetensors" for first, last in planned]
 
@@ -99,7 +103,7 @@ def read_study(config, check_headers):
     bad = header_problems(patients.values()) if check_headers or exclude else {}
     left_out = {}
     if exclude:
-        left_out = {name: " ".join(messages) for name, messages in bad.items()} | _failures(patients)
+        left_out = {name: " ".join(messages) for name, messages in bad.items()} | _failures(patients, config["models"])
         bad = {}
     kept = {name: patient for name, patient in patients.items() if name not in left_out}
     problems = [message for messages in bad.values() for message in messages] + _split_problems(kept.values(), config)
@@ -131,8 +135,8 @@ def _split_problems(patients, config):
     untrained = [name for name, model in config["models"].items() if "train" in model]
     if untrained and "train" not in present:
         problems.append(
-            f"models.{', models.'.join(untrained)}: to be trained here, but {config['patients']} has no patient of split "
-            "train."
+            f"models.{', models.'.join(untrained)}: to be trained here, but {config['patients']} has no patient of "
+            "split train."
         )
     problems += [
         f"{patient.patient}: split {patient.split} needs a reference, but seg is empty."
@@ -142,14 +146,30 @@ def _split_problems(patients, config):
     return problems
 
 
-def _failures(patients):
-    """Return the patients whose content made a job fail, and whose files have not changed since."""
+def _failures(patients, models):
+    """Return why patients' content made jobs fail, a dict from id, where neither sheet nor files changed since."""
     failures = {}
     for path in sorted(Path("results/failed").glob("*/*.json")):
         record = read_json(path)
-        if record["patient"] in patients and all(_unchanged(state) for state in record["inputs"]):
+        patient = patients.get(record["patient"])
+        if patient and _still_asked(record, patient, models) and all(_unchanged(state) for state in record["inputs"]):
             failures[record["patient"]] = f"{record['stage']}: {record['reason']}"
     return failures
+
+
+def _still_asked(record, patient, models):
+    """Say whether the study still has the model, the coding and the files that a failure was about."""
+    if record["model"] is not None and record["model"] not in models:
+        return False
+    named = set(patient.files.values())
+    pattern = models.get(record["model"], {}).get("predictions")
+    if pattern:
+        try:
+            named |= set(find_passes(pattern, patient.patient).values())
+        except SegtrustError:
+            return False  # told of where passes are counted
+    given = {state["path"] for state in record["inputs"] if not state["path"].startswith("results/")}
+    return given <= named and record.get("coding") in (None, patient.coding)
 
 
 def _unchanged(state):

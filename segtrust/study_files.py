@@ -24,7 +24,8 @@ def start_study(folder, study, coding, replace):
     Returns a table of what was found, as text. Raises SegtrustError when files are there already, and Problems naming
     every patient whose files are incomplete, unreadable or on different grids; nothing is written then.
     """
-    study = Path(study)
+    # as jobs see it: relative paths that go up from a linked folder would end elsewhere
+    study = Path(study).resolve()
     sheet, config = study / "patients.tsv", study / "config.yaml"
     there = [str(path) for path in (sheet, config) if path.exists()]
     if there and not replace:

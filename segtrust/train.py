@@ -50,6 +50,7 @@ def train(
     device,
     checkpoint,
     state,
+    code,
     log=log_line,
 ):
     """Train a network; write its best checkpoint, and return the learning curve.
@@ -69,8 +70,9 @@ def train(
         validate_every : iterations between validations, and between savings of the state
         precision : "float32" or "bfloat16"
     checkpoint : path of the best weights, a plain state dict; its SHA-256 is written beside it as `.sha256`
-    state : path of what is needed to go on after a stop, removed at the end; a state of other patients, settings or
-        initial weights is not used
+    state : path of what is needed to go on after a stop, removed at the end; a state of other patients, settings,
+        initial weights or code is not used
+    code : digest of the code that trains
     log : function that takes a line of text
 
     Best is the highest mean validation Dice over patients and regions of the deterministic pass. Returns a
@@ -80,7 +82,7 @@ def train(
     training, validation = _split(training, validation, seed)
     _check_patch(network, settings["patch"], len(channels))
     place = torch_device(device)
-    identity = _identity(network, training, validation, channels, outputs, window, overlap, settings, seed)
+    identity = _identity(network, training, validation, channels, outputs, window, overlap, settings, seed, code)
     network.to(place, memory_format=torch.channels_last_3d)
     optimiser = torch.optim.AdamW(
         network.parameters(), lr=settings["learning_rate"], weight_decay=settings["weight_decay"]
@@ -267,11 +269,11 @@ def _validate(network, validation, order, outputs, window, overlap, step, place)
     return [float(value) for value in np.mean(scores, axis=0)]
 
 
-def _identity(network, training, validation, channels, outputs, window, overlap, settings, seed):
+def _identity(network, training, validation, channels, outputs, window, overlap, settings, seed, code):
     """Return a digest of what decides the course of a training; reads every patient once."""
     digest = hashlib.sha256(
         canonical_json(
-            [len(training), len(validation), list(channels), outputs, window, overlap, settings, seed]
+            [len(training), len(validation), list(channels), outputs, window, overlap, settings, seed, code]
         ).encode()
     )
     for patients in (training, validation):

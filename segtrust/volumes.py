@@ -3,12 +3,14 @@
 Arrays have their spatial axes last: (…, x, y, z).
 """
 
+import gzip
 import zlib
 from dataclasses import dataclass
 
 import nibabel as nib
 import numpy as np
 from nibabel.orientations import apply_orientation, inv_ornt_aff, io_orientation, ornt_transform
+from nibabel.spatialimages import HeaderDataError
 
 from segtrust.errors import PatientError
 from segtrust.files import replacing
@@ -94,16 +96,22 @@ def _reorient(array, orientation):
 def load_image(path, patient):
     """Open a NIfTI file without reading its voxels.
 
-    Raises PatientError when the file is missing or no image.
+    Raises PatientError when the file is missing or no image, or its affine cannot be inverted.
     """
     try:
-        return nib.load(path)
+        image = nib.load(path)
     except FileNotFoundError as error:
         raise PatientError(f"{patient}: no such file: {path}; correct the sheet or restore the file.") from error
-    except (nib.filebasedimages.ImageFileError, EOFError, OSError, zlib.error) as error:
+    except (nib.filebasedimages.ImageFileError, HeaderDataError, EOFError, OSError, zlib.error) as error:
         raise PatientError(
             f"{patient}: not a readable NIfTI file ({_first_line(error)}): {path}; copy it again."
         ) from error
+    if not (np.isfinite(image.affine).all() and np.linalg.det(image.affine[:3, :3])):
+        raise PatientError(
+            f"{patient}: the header's affine, {np.round(image.affine[:3], 3).tolist()}, places no voxel: {path}; "
+            "export the volume again."
+        )
+    return image
 
 
 def geometry_of(image):
@@ -117,10 +125,11 @@ def geometry_of(image):
 def read_voxels(image, patient, path, dtype=np.float32):
     """Read the voxels of an opened image, (x, y, z) or (x, y, z, c).
 
-    Raises PatientError for a truncated file and for NaN or infinite voxels (naming how many).
+    Raises PatientError for a truncated or damaged file and for NaN or infinite voxels (naming how many).
     """
     try:
         voxels = np.asanyarray(image.dataobj).astype(dtype, copy=False)
+        _check_sum(path)
     except (EOFError, OSError, ValueError, zlib.error) as error:
         raise PatientError(
             f"{patient}: the file ends early or is damaged ({_first_line(error)}): {path}; copy it again."
@@ -183,6 +192,14 @@ def write_volume(path, array, geometry, description):
     image.set_sform(geometry.affine, code=sform_code)
     with replacing(path) as partial:
         nib.save(image, partial)
+
+
+def _check_sum(path):
+    """Read a compressed file to its end, where its checksum stands; nibabel stops at the last voxel."""
+    if str(path).endswith(".gz"):
+        with gzip.open(path) as file:
+            while file.read(2**20):
+                pass
 
 
 def _first_line(error):

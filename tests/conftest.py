@@ -50,7 +50,7 @@ def write_sheet(path, rows):
     return Path(path)
 
 
-@pytest.fixture()
+@pytest.fixture
 def cohort(tmp_path):
     """A folder with three patients and their sheet."""
     rows = [{"patient": f"p{i}", **write_patient(tmp_path / "data", f"p{i}", i)} for i in range(3)]

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from segtrust import alarms
-from segtrust.regions import REGIONS
+from segtrust.regions import CLASSES, REGIONS
 
 
 def volumes(n_cases=5, seed=0):
@@ -63,6 +63,18 @@ def test_an_enhancing_tumour_read_as_a_cavity_is_found():
 
 def test_the_right_coding_raises_no_alarm():
     assert alarms.coding(classes_of((0, 1, 2, 3)), ["brats2021"], "m") == []
+
+
+@pytest.mark.parametrize("order", [(0, 1, 3, 2), (0, 3, 2, 1), (1, 2, 3, 0)])
+def test_a_wrong_order_of_softmax_classes_is_found_and_named(order):
+    # A perfect prediction whose class k is called number k, but is order[k].
+    found = alarms.class_order(classes_of((0, 1, 2, 3))[:, list(order)], "m")
+    assert found[0]["value"]["order"] == [CLASSES[label] for label in order]
+    assert found[0]["value"]["dice"] == 1
+
+
+def test_the_right_order_of_classes_raises_no_alarm():
+    assert alarms.class_order(classes_of((0, 1, 2, 3)), "m") == []
 
 
 def test_a_region_empty_in_every_reference_is_found():

@@ -6,7 +6,9 @@ import pytest
 import torch
 
 from segtrust.bundle import read_bundle
+from segtrust.config import checked_config
 from segtrust.errors import SegtrustError
+from segtrust.models import read_models
 from segtrust.networks import build, load_checkpoint, load_weights
 from segtrust.preprocess import preprocess
 from segtrust.sample import sample
@@ -195,3 +197,31 @@ def test_names_that_are_not_understood_are_left_to_the_config(tmp_path):
 def test_a_folder_that_is_no_bundle_is_named(tmp_path):
     with pytest.raises(SegtrustError, match="is no MONAI bundle"):
         read_bundle(tmp_path)
+
+
+def test_what_the_config_gives_comes_before_what_the_bundle_says(tmp_path):
+    (tmp_path / "models").mkdir()
+    (tmp_path / "models/model.pt").touch()
+    entry = {"bundle": str(write(tmp_path)), "crop": "foreground"}
+    view = read_models(checked_config({"models": {"m": entry}}))["m"].settings["sample"]
+    assert view["crop"] == "foreground"
+    assert (view["orientation"], view["window"]) == ("stored", [240, 240, 160])
+
+
+@pytest.mark.parametrize(
+    ("step", "key"),
+    [
+        ({"_target_": "CenterSpatialCropd", "roi_size": "$@size"}, "transforms#0#roi_size"),
+        ({"_target_": "Orientationd", "axcodes": "$'RAS'"}, "transforms#0#axcodes"),
+        ({"keys": "image"}, "has no _target_"),
+    ],
+)
+def test_an_expression_in_a_step_that_is_read_is_refused(tmp_path, step, key):
+    with pytest.raises(SegtrustError, match=key):
+        read_bundle(write(tmp_path, changed("preprocessing", "transforms", 0, value=step)))
+
+
+@pytest.mark.parametrize("change", [{"mode": "gaussian"}, {"_target_": "PatchInferer"}])
+def test_an_inferer_that_works_otherwise_is_refused(tmp_path, change):
+    with pytest.raises(SegtrustError, match="only SimpleInferer and SlidingWindowInferer"):
+        read_bundle(write(tmp_path, changed("inferer", value={**INFERENCE["inferer"], **change})))

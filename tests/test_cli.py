@@ -1,5 +1,7 @@
 """The command line: starting and running a study."""
 
+from pathlib import Path
+
 import pytest
 import yaml
 from conftest import write_patient
@@ -9,7 +11,7 @@ from segtrust.config import checked_config
 from segtrust.patients import read_sheet
 
 
-@pytest.fixture()
+@pytest.fixture
 def data(tmp_path):
     for number in range(3):
         write_patient(tmp_path / "data", f"BraTS2021_{number:05d}", number, seg=number != 2)
@@ -100,3 +102,21 @@ def test_phantom_draws_a_cohort_with_its_splits(tmp_path):
 def test_unknown_options_of_other_commands_are_refused(tmp_path):
     with pytest.raises(SystemExit):
         cli.main(["phantom", str(tmp_path), "--patients", "1", "--colour"])
+
+
+def test_a_value_of_a_snakemake_option_is_not_taken_for_the_study(tmp_path, monkeypatch):
+    (tmp_path / "config.yaml").write_text("")
+    monkeypatch.chdir(tmp_path)
+    executed = []
+    monkeypatch.setattr(cli.subprocess, "run", lambda command, check: executed.append(command) or Done())
+    assert cli.main(["run", "--cores", "4"]) == 7
+    assert executed[0][-2:] == ["--cores", "4"]
+    assert executed[0][executed[0].index("--directory") + 1] == str(tmp_path)
+
+
+def test_a_study_behind_a_link_gets_paths_that_hold_from_inside_it(data, tmp_path, monkeypatch):
+    (tmp_path / "deep/er/study").mkdir(parents=True)
+    (tmp_path / "link").symlink_to(tmp_path / "deep/er/study")
+    assert cli.main(["init", str(data), str(tmp_path / "link")]) == 0
+    monkeypatch.chdir(tmp_path / "link")
+    assert Path(read_sheet("patients.tsv")[0].scan["t1"]).is_file()

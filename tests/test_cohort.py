@@ -22,7 +22,7 @@ from segtrust.cohort import (
 from segtrust.errors import Problems, SegtrustError
 from segtrust.intervals import draw
 from segtrust.masks import CONDITIONAL_ON_REFERENCE, MASKS
-from segtrust.measures import binary_entropy
+from segtrust.measures import MEASURES, binary_entropy
 from segtrust.tally import Tally, pooled
 from segtrust.voxels import voxels
 
@@ -160,6 +160,37 @@ def test_a_patient_mean_row_is_the_mean_over_patients():
     assert row["n_cases"] == 12
 
 
+def test_lesionwise_dice_is_averaged_over_patients():
+    expected = np.mean([tally.scalars["dice_lesionwise"][2] for tally in twelve()])
+    row = row_of(tables_of_twelve(), "dice_lesionwise", region="ET", pooling="patient_mean")
+    assert row["value"] == pytest.approx(expected, rel=1e-12)
+    assert row["n_cases"] == 12
+
+
+def test_every_auroc_has_its_certificate_beside_it():
+    rows = tables_of_twelve()["metrics"]
+    rows = rows[rows["measure"].isin(MEASURES) & rows["mask"].notna()]
+    keys = ["region", "mask", "measure", "pooling", "n_cases"]
+    beside = [set(map(tuple, rows.loc[rows["metric"] == name, keys].values)) for name in ("auroc", "auroc_certificate")]
+    assert beside[0] == beside[1]
+    certificate = metrics.auroc_certificate(pooled(twelve()).scores("WT", "brain", "entropy"))
+    row = row_of(tables_of_twelve(), "auroc_certificate", mask="brain", measure="entropy", pooling="pooled")
+    assert row["value"] == pytest.approx(float(certificate), rel=1e-12)
+
+
+def test_the_share_of_voxels_where_argmax_and_overlay_differ_is_reported():
+    tallies = [tally_of(k, order=(2, 0, 1)) for k in range(2)]
+    row = row_of(frames(evaluate(tallies, sheet(2))), "argmax_differs", region="ALL", pooling="pooled")
+    counts = [tally.counts for tally in tallies]
+    assert row["value"] == sum(count["n_argmax_differs"] for count in counts) / (2 * np.prod(SHAPE))
+    assert row["value"] > 0
+
+
+def test_what_is_measured_by_distance_to_the_reference_says_so():
+    rows = tables_of_twelve()["metrics"]
+    assert rows.loc[rows["metric"].isin(["buc", "ba_ece"]), "conditional_on_reference"].eq(True).all()
+
+
 def test_rows_on_masks_made_from_the_reference_say_so():
     rows = tables_of_twelve()["metrics"].dropna(subset="mask")
     rows = rows[rows["mask"].isin(MASKS)]
@@ -229,6 +260,8 @@ def test_without_a_deterministic_pass_its_rows_are_null_and_not_zero():
     assert len(deterministic)
     assert deterministic["value"].isna().all()
     assert tables["patients"]["dice_deterministic"].isna().all()
+    assert list(tables["patients"].columns) == list(tables_of_twelve()["patients"].columns.drop("site"))
+    assert tables["patients"]["score_brain_mean_deterministic_entropy"].isna().all()
 
 
 def test_patients_of_the_calibration_split_enter_no_table_and_set_the_cut_offs():
@@ -313,6 +346,16 @@ def test_one_newton_step_recalibrates_a_resample_closely():
     assert refits["calibration_slope", None] == pytest.approx(slope, rel=0.1)
 
 
+def test_a_resample_of_one_class_has_no_recalibration():
+    whole = twelve()[0].probabilities("WT", "brain", "probability")
+    # the second patient has no positive voxel
+    part = {name: np.stack([values, values * [1, 0]]) for name, values in whole.items()}
+    _, refits = _recalibration(np.array([[1.0, 1.0], [0.0, 2.0]]), part)
+    slope = refits["calibration_slope", None]
+    assert np.isfinite(slope[0])
+    assert np.isnan(slope[1])
+
+
 def test_a_cohort_without_test_patients_is_refused():
     with pytest.raises(SegtrustError, match="no patient of the split `test`"):
         evaluate(twelve()[:1], sheet(1, split=["calibration"]))
@@ -323,6 +366,12 @@ def test_results_of_different_weights_are_refused_by_name():
     provenances["b"] = {"model": {"weights": "def", "seed": 0}, "tally": {"code": "1"}}
     with pytest.raises(Problems, match=r"model weights: abc in a, c; def in b"):
         check_agreement(provenances)
+
+
+@pytest.mark.parametrize("stage", ["preprocess", "voxels"])
+def test_results_of_different_code_at_any_stage_are_refused(stage):
+    with pytest.raises(Problems, match=f"{stage} code: 1 in a; 2 in b"):
+        check_agreement({"a": {stage: {"code": "1"}}, "b": {stage: {"code": "2"}}})
 
 
 def test_all_disagreements_are_named_at_once():

@@ -57,7 +57,9 @@ def test_every_key_of_a_schema_says_what_it_does(name):
     assert not silent
 
 
-@pytest.mark.parametrize("path", sorted(ROOT.glob("studies/*.yaml")) + [ROOT / "config.yaml"], ids=lambda path: path.name)
+@pytest.mark.parametrize(
+    "path", [*sorted(ROOT.glob("studies/*.yaml")), ROOT / "config.yaml"], ids=lambda path: path.name
+)
 def test_the_configs_in_the_repository_are_valid(path):
     checked_config(yaml.safe_load(path.read_text(encoding="utf-8")))
 
@@ -106,3 +108,12 @@ def test_a_model_is_of_exactly_one_kind(model, message):
 
 def test_a_bundle_may_name_another_checkpoint():
     checked_config({"models": {"m": {"bundle": "folder", "checkpoint": "other.pt"}}})
+
+
+@pytest.mark.parametrize("name", [2024, True])
+def test_a_name_that_yaml_reads_as_no_text_is_refused(name):
+    assert "write it in quotes" in problems({"models": {name: MODEL}})[0]
+
+
+def test_an_unknown_key_that_yaml_reads_as_no_text_is_named():
+    assert "unknown key 'True'" in problems({"models": {"m": MODEL}, True: 1})[0]

@@ -92,5 +92,5 @@ def test_logits_are_refused_with_their_range(tmp_path):
 
 def test_a_label_map_is_not_taken_for_probabilities(tmp_path):
     path = save(tmp_path / "a.nii.gz", np.zeros(SHAPE, np.uint8))
-    with pytest.raises(PatientError, match="expected .* 3"):
+    with pytest.raises(PatientError, match=r"expected .* 3"):
         read_prediction(path, ["WT", "TC", "ET"], "p", GEOMETRY)

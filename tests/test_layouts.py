@@ -51,7 +51,9 @@ def test_a_patient_whose_file_is_there_twice_is_named(tmp_path):
 
 
 def test_a_decathlon_folder_is_found(tmp_path):
-    (tmp_path / "dataset.json").write_text(json.dumps({"modality": {"0": "FLAIR", "1": "T1w", "2": "t1gd", "3": "T2w"}}))
+    (tmp_path / "dataset.json").write_text(
+        json.dumps({"modality": {"0": "FLAIR", "1": "T1w", "2": "t1gd", "3": "T2w"}})
+    )
     touch(tmp_path / "imagesTr" / "BRATS_001.nii.gz", tmp_path / "imagesTr" / "._BRATS_001.nii.gz")
     touch(tmp_path / "labelsTr" / "BRATS_001.nii.gz")
     layout, rows = find_patients(tmp_path)
@@ -79,3 +81,12 @@ def test_unknown_names_say_what_was_expected(tmp_path):
 def test_paths_of_a_sheet_are_relative_within_a_shared_folder():
     assert sheet_path("/data/brats/a.nii.gz", "/data/study") == "../brats/a.nii.gz"
     assert sheet_path("/data/brats/a.nii.gz", "/home/study") == "/data/brats/a.nii.gz"
+
+
+def test_linked_folders_are_followed_and_hidden_files_are_not_seen(tmp_path):
+    touch(*(tmp_path / "store" / f"a_{ending}.nii.gz" for ending in ("t1", "t1ce", "t2", "flair")))
+    touch(tmp_path / "store" / "._a_t1.nii.gz")
+    (tmp_path / "cohort").mkdir()
+    (tmp_path / "cohort" / "a").symlink_to(tmp_path / "store")
+    (tmp_path / "store" / "back").symlink_to(tmp_path / "cohort")
+    assert [row["patient"] for row in find_patients(tmp_path / "cohort")[1]] == ["a"]

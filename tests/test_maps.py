@@ -15,7 +15,7 @@ GEOMETRY = Geometry((12, 11, 10), LPS, (1, 1))
 START, SHAPE = (2, 3, 1), (6, 5, 7)
 
 
-@pytest.fixture()
+@pytest.fixture
 def moments():
     generator = np.random.default_rng(0)
     accumulator = Accumulator(SHAPE)
@@ -75,9 +75,7 @@ def test_spread_of_a_single_pass_is_nan_and_never_zero(tmp_path):
     accumulator.add(0, np.full((3, *SHAPE), 0.5, np.float32))
     images = write(tmp_path, accumulator.moments(START, GEOMETRY), passes=1)
     for name in ("mutual_information", "variance"):
-        inside = np.asarray(images[name].dataobj)
-        assert np.isnan(inside).any(), name
-        assert not (inside[~np.isnan(inside)]).any(), name
+        assert np.isnan(np.asarray(images[name].dataobj)).all(), name
 
 
 def test_each_map_has_its_provenance_beside_it(tmp_path, moments):

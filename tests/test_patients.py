@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from conftest import LPS, MODALITIES, save, write_patient, write_sheet
+from conftest import LPS, MODALITIES, SHAPE, save, write_patient, write_sheet
 
 from segtrust.errors import Problems
 from segtrust.patients import header_problems, read_sheet
@@ -106,3 +106,34 @@ def test_header_problems_of_all_patients_are_found_together(tmp_path):
     assert "p0, t2: no such file" in found["p0"][0]
     assert "seg has 20×22×18" in found["p1"][0]
     assert "not a readable NIfTI" in found["p2"][0]
+
+
+def test_a_line_longer_than_the_first_is_refused_and_shifts_nothing(tmp_path):
+    (tmp_path / "p.tsv").write_text("patient\tt1\tt1ce\tt2\tflair\na\tb\tc\td\te\tf\n")
+    assert "Expected 5 fields in line 2, saw 6" in problems(tmp_path / "p.tsv")[0]
+
+
+def test_cells_left_out_at_the_end_of_a_line_are_empty(tmp_path):
+    (tmp_path / "p.tsv").write_text("patient\tt1\tt1ce\tt2\tflair\tsite\tseg\t\na\tb\tc\td\te\n")
+    patient = read_sheet(tmp_path / "p.tsv")[0]
+    assert (patient.seg, patient.extra) == (None, {"site": ""})
+
+
+def test_a_column_that_is_there_twice_is_refused(tmp_path):
+    (tmp_path / "p.tsv").write_text("patient\tt1\tt1\tt1ce\tt2\tflair\na\tb\tc\td\te\tf\n")
+    assert "a column name is there twice" in problems(tmp_path / "p.tsv")[0]
+
+
+@pytest.mark.parametrize("content", [b"", "patient\tsite\na\tZürich\n".encode("latin-1")])
+def test_a_file_that_is_no_table_of_text_is_refused(tmp_path, content):
+    (tmp_path / "p.tsv").write_bytes(content)
+    assert "no table of tab-separated UTF-8 text" in problems(tmp_path / "p.tsv")[0]
+
+
+@pytest.mark.parametrize(
+    ("column", "shape"), [("t2", (*SHAPE, 2)), ("t2", SHAPE[:2]), ("seg", (*SHAPE, 1)), ("image", (*SHAPE, 3))]
+)
+def test_headers_show_files_of_other_dimensions(tmp_path, column, shape):
+    row = {"patient": "a", **write_patient(tmp_path, "a", 0), column: save(tmp_path / "x.nii.gz", np.ones(shape))}
+    (message,) = header_problems(read_sheet(write_sheet(tmp_path / "p.tsv", [row])))["a"]
+    assert f"has shape {shape}" in message

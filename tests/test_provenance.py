@@ -6,7 +6,7 @@ from segtrust import provenance
 from segtrust.provenance import code_digest, file_digest, settings_digest, versions
 
 
-@pytest.fixture()
+@pytest.fixture
 def package(tmp_path, monkeypatch):
     """A package of two modules and a script that imports one, which imports the other."""
     monkeypatch.setattr(provenance, "PACKAGE", tmp_path)

@@ -12,7 +12,7 @@ from segtrust.study import read_study
 TRAINED = {"network": {"name": "UNet-Res"}, "train": {}}
 
 
-@pytest.fixture()
+@pytest.fixture
 def folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     return tmp_path
@@ -90,3 +90,37 @@ def test_patients_without_reference_are_sampled_and_not_evaluated(folder):
     assert study.sampled == ["p1", "p2"]
     assert study.evaluated == ["p2"]
     assert "no reference" in study.not_evaluated["p1"]
+
+
+@pytest.mark.parametrize("change", ["coding", "file", "model"])
+def test_a_failed_patient_comes_back_when_the_study_asks_for_something_else(folder, change):
+    write(folder, ["train", "test", "test"])
+    paths = [f"data/p1/p1_{name}.nii.gz" for name in ("t1", "seg")]
+    record = {"stage": "voxels", "patient": "p1", "model": "m", "coding": "brats2021", "reason": "bad"}
+    record["inputs"] = [input_state(path) for path in paths]
+    (folder / "results/failed/voxels").mkdir(parents=True)
+    (folder / "results/failed/voxels/p1.json").write_text(json.dumps(record))
+    config = {"models": {"m": TRAINED}, "on_bad_patient": "exclude"}
+    sheet = (folder / "patients.tsv").read_text().replace(str(folder) + "/", "")
+    (folder / "patients.tsv").write_text(sheet)
+    assert read_study(config, True).left_out == {"p1": "voxels: bad"}
+    if change == "coding":
+        head, *lines = sheet.splitlines()
+        lines = [f"{line}\t{'brats2023' if line.startswith('p1') else ''}" for line in lines]
+        (folder / "patients.tsv").write_text("\n".join([f"{head}\tcoding", *lines]) + "\n")
+    elif change == "file":
+        (folder / "mended.nii.gz").write_bytes((folder / paths[1]).read_bytes())
+        (folder / "patients.tsv").write_text(sheet.replace(paths[1], "mended.nii.gz"))
+    else:
+        config["models"] = {"other": TRAINED}
+    assert read_study(config, True).left_out == {}
+
+
+def test_predictions_that_grew_are_gathered_into_one_file(folder):
+    write(folder, ["test"])
+    (folder / "results/m/samples/p0").mkdir(parents=True)
+    (folder / "results/m/samples/p0/predictions_0-1.safetensors").touch()
+    for number in range(3):
+        (folder / f"p0_{number}.nii.gz").touch()
+    study = read_study({"models": {"m": {"predictions": "{patient}_{pass}.nii.gz"}}}, True)
+    assert study.chunks("m", "p0") == ["results/m/samples/p0/predictions_0-2.safetensors"]

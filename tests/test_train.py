@@ -49,7 +49,7 @@ def network(outputs=REGIONS, seed=0, dropout=0.1):
 
 
 def run(folder, model=None, outputs=REGIONS, training=None, validation=None, log=lambda line: None, **changes):
-    seed = changes.pop("seed", 0)
+    seed, code = changes.pop("seed", 0), changes.pop("code", "")
     return train(
         network(outputs) if model is None else model,
         patients(3) if training is None else training,
@@ -63,6 +63,7 @@ def run(folder, model=None, outputs=REGIONS, training=None, validation=None, log
         device="cpu",
         checkpoint=folder / "checkpoint.pt",
         state=folder / "state.pt",
+        code=code,
         log=log,
     )
 
@@ -129,7 +130,9 @@ def test_the_state_holds_nothing_that_must_be_unpickled(tmp_path):
     assert torch.load(tmp_path / "state.pt", weights_only=True)["done"] == 2
 
 
-@pytest.mark.parametrize("change", [{"learning_rate": 1e-2}, {"training": patients(3, seed=1)}, {"seed": 1}])
+@pytest.mark.parametrize(
+    "change", [{"learning_rate": 1e-2}, {"training": patients(3, seed=1)}, {"seed": 1}, {"code": "b"}]
+)
 def test_the_state_of_another_training_is_not_used(tmp_path, change):
     with pytest.raises(Killed):
         run(tmp_path, log=killer("iteration 3 of 6"), **change)

@@ -1,5 +1,7 @@
 """Grids, orientation and reading of NIfTI files."""
 
+from pathlib import Path
+
 import nibabel as nib
 import numpy as np
 import pytest
@@ -85,7 +87,7 @@ def test_voxels_that_are_not_finite_are_counted_in_the_error(tmp_path, value):
 
 def test_labels_on_another_grid_are_refused(tmp_path):
     path = save(tmp_path / "seg.nii.gz", np.zeros((4, 5, 7), np.uint8))
-    with pytest.raises(PatientError, match="4×5×7 .* expected 4×5×6"):
+    with pytest.raises(PatientError, match=r"4×5×7 .* expected 4×5×6"):
         read_reference(path, "brats2021", "p", Geometry((4, 5, 6), LPS))
 
 
@@ -96,3 +98,23 @@ def test_the_cavity_of_2024_is_kept_apart(tmp_path):
     reference = read_reference(path, "brats2024", "p", Geometry((4, 5, 6), LPS))
     assert reference.labels.sum() == 0
     assert reference.cavity.sum() == 1
+
+
+def test_a_compressed_file_whose_bytes_changed_is_refused_by_its_checksum(tmp_path):
+    path = save(tmp_path / "a.nii.gz", np.random.default_rng(0).integers(0, 999, (12, 12, 12)).astype(np.int16))
+    content = bytearray(Path(path).read_bytes())
+    content[-6] ^= 255
+    Path(path).write_bytes(content)
+    with pytest.raises(PatientError, match=r"damaged \(CRC check failed"):
+        read_voxels(load_image(path, "a"), "a", path)
+
+
+@pytest.mark.parametrize("value", [0, np.nan])
+def test_an_affine_that_places_no_voxel_is_refused(tmp_path, value):
+    image = nib.Nifti1Image(np.ones((3, 3, 3), np.uint8), None)
+    image.header["sform_code"] = 1
+    for row in ("srow_x", "srow_y", "srow_z"):
+        image.header[row] = value
+    (tmp_path / "a.nii").write_bytes(image.header.binaryblock + bytes(4 + 27))
+    with pytest.raises(PatientError, match="places no voxel"):
+        load_image(tmp_path / "a.nii", "a")

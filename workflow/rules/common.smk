@@ -3,7 +3,9 @@
 in:   config.yaml, patients.tsv
 """
 
+import os
 import re
+from functools import cache
 
 from snakemake.exceptions import WorkflowError
 
@@ -41,14 +43,23 @@ def only(names):
     return "|".join(map(re.escape, names)) or "(?!)"
 
 
+# one checkpoint serves many patients: it is read once
+digest_of_checkpoint = cache(file_digest)
+
+
 def checkpoint_digest(wildcards):
     """Return the digest of given weights; those trained here have theirs in a file of their own."""
     path = model_of(wildcards).checkpoint
-    return file_digest(path) if path else "trained here"
+    return digest_of_checkpoint(path) if path else "trained here"
 
 
 def chunks_of(wildcards):
     return STUDY.chunks(wildcards.model, wildcards.patient)
+
+
+def with_sizes(files):
+    """Return files by column, and their sizes: a file put back with an old date is seen by its size."""
+    return canonical_json({column: [path, os.path.getsize(path)] for column, path in files.items()})
 
 
 def every_map():
@@ -72,11 +83,21 @@ def scan_of(wildcards):
     return patient_of(wildcards).scan
 
 
+def modalities_of(wildcards):
+    """Return which file is which modality; exchanged columns leave the set of inputs as it is."""
+    return with_sizes(patient_of(wildcards).scan)
+
+
 # --- train ---
 
 
 def train_settings(wildcards):
     return canonical_json(model_of(wildcards).train_settings)
+
+
+def references_of(patients):
+    """Return the references of patients; those without one are refused where a model is trained here."""
+    return [STUDY.patients[patient].seg for patient in patients if STUDY.patients[patient].seg]
 
 
 def cases_of(patients):
@@ -135,3 +156,7 @@ def passes_wanted(wildcards):
 
 def reference_of(wildcards):
     return patient_of(wildcards).seg
+
+
+def reference_size_of(wildcards):
+    return with_sizes({"seg": patient_of(wildcards).seg})

@@ -21,5 +21,6 @@ rule preprocess:
         runtime=lambda wildcards, attempt: 10 * attempt,
     params:
         code=code("preprocess"),
+        modalities=modalities_of,
     script:
         "../scripts/preprocess.py"

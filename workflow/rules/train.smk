@@ -11,9 +11,9 @@ VALIDATION = STUDY.of_split("validation")
 rule train:
     input:
         scans=expand("results/preprocessed/{patient}.safetensors", patient=TRAINING),
-        references=[STUDY.patients[patient].seg for patient in TRAINING],
+        references=references_of(TRAINING),
         validation_scans=expand("results/preprocessed/{patient}.safetensors", patient=VALIDATION),
-        validation_references=[STUDY.patients[patient].seg for patient in VALIDATION],
+        validation_references=references_of(VALIDATION),
     output:
         checkpoint="results/{model}/train/checkpoint.pt",
         digest="results/{model}/train/checkpoint.sha256",
@@ -36,5 +36,7 @@ rule train:
         code=code("train"),
         training=cases_of(TRAINING),
         validation=cases_of(VALIDATION),
+        # both splits exchanged would leave the sets of inputs and of settings as they are
+        splits=canonical_json({"train": TRAINING, "validation": VALIDATION}),
     script:
         "../scripts/train.py"

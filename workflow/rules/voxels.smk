@@ -25,5 +25,6 @@ rule voxels:
         code=code("voxels"),
         coding=coding_of,
         passes=passes_wanted,
+        reference=reference_size_of,
     script:
         "../scripts/voxels.py"

@@ -6,7 +6,7 @@ import torch
 
 from segtrust.jobs import job
 from segtrust.moments import write_moments
-from segtrust.networks import build, load_checkpoint, load_weights
+from segtrust.networks import build, load_checkpoint, load_weights, torch_device
 from segtrust.preprocess import read_preprocessed
 from segtrust.provenance import file_digest, settings_digest, versions
 from segtrust.sample import sample
@@ -16,6 +16,7 @@ with job(snakemake, "sample"):
     settings = json.loads(snakemake.params.settings)
     checkpoint = snakemake.input.checkpoint
     scan, provenance = read_preprocessed(snakemake.input.scan)
+    device = torch_device(snakemake.config["sample"]["device"]).type
     network = build(settings["network"], seed=0)
     load_weights(network, load_checkpoint(checkpoint), checkpoint)
     moments = sample(
@@ -25,7 +26,7 @@ with job(snakemake, "sample"):
         patient=snakemake.wildcards.patient,
         source="dropout",
         flip=(),
-        device=snakemake.config["sample"]["device"],
+        device=device,
         batch=snakemake.config["sample"]["batch"],
         **settings["sample"],
     )
@@ -36,4 +37,6 @@ with job(snakemake, "sample"):
         "settings_digest": settings_digest(settings),
         "code": snakemake.params.code,
     }
-    write_moments(snakemake.output.moments, moments, {**provenance, "model": model, "versions": versions()})
+    write_moments(
+        snakemake.output.moments, moments, {**provenance, "model": model, "device": device, "versions": versions()}
+    )

@@ -27,6 +27,7 @@ with job(snakemake, "train"):
         device=snakemake.config["sample"]["device"],
         checkpoint=snakemake.output.checkpoint,
         state=f"{snakemake.output.checkpoint}.state",
+        code=snakemake.params.code,
     )
     provenance = {"train": {"settings": settings, "code": snakemake.params.code}, "versions": versions()}
     write_parquet(snakemake.output.curve, curve_table(curve), provenance)
