@@ -26,6 +26,10 @@ include: "workflow/rules/cohort.smk"
 include: "workflow/rules/report.smk"
 
 
+onerror:
+    print(STUDY.advice())
+
+
 rule all:
     default_target: True
     input:

@@ -78,13 +78,27 @@ def _run(options, rest):
         known = ", ".join(sorted(path.parent.name for path in ROOT.glob("profiles/*/config.yaml")))
         raise SegtrustError(f"no profile {profile}; known are {known}, or give the path of a folder with a config.yaml")
     snakemake = shutil.which("snakemake", path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}")
+    limits = [] if any(option.startswith("--resources") for option in rest) else _limits(profile)
     command = [
         *(snakemake, "--snakefile", str(ROOT / "Snakefile")),
         *("--workflow-profile", str(profile.resolve()), "--directory", str(study)),
         *rest,
+        *limits,
     ]
     print(shlex.join(command), flush=True)
     return subprocess.run(command, check=False).returncode
+
+
+def _limits(profile):
+    """Return what jobs side by side may use of this machine under the profile `local`: its memory and its GPUs."""
+    if profile.name != "local":
+        return []
+    memory_mb = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2**20
+    limits = ["--resources", f"mem_mb={memory_mb}"]
+    if shutil.which("nvidia-smi"):
+        listed = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, check=False).stdout.splitlines()
+        limits += [f"gpu={len(listed)}"] if listed else []
+    return limits
 
 
 def _phantom(options, _):

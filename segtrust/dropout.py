@@ -118,6 +118,19 @@ class Stochastic(nn.Module):
         return f"{type(self.network).__name__} does not take images of {_sides(image_shape[1:])} voxels"
 
 
+def check_stochastic(network, passes):
+    """Raise SegtrustError when several passes are asked for and nothing in a network is stochastic."""
+    active = (
+        isinstance(module, Masked) or (isinstance(module, tuple(KINDS)) and module.p > 0)
+        for module in network.modules()
+    )
+    if passes > 1 and not any(active):
+        raise SegtrustError(
+            f"{passes} passes were asked for, but no dropout layer with a rate above 0 is active in "
+            f"{type(network).__name__}, so all passes would be the same; give the network dropout, or ask for one pass"
+        )
+
+
 def logits_of(output):
     """Return the logits in a network's output: itself, or the first of several (deep supervision)."""
     return output if isinstance(output, torch.Tensor) else output[0]

@@ -16,11 +16,12 @@ def replacing(path):
     """Yield a path to write to; rename it to `path` when the block ends well, remove it otherwise.
 
     The temporary file stands beside the final one, so that the renaming is atomic, and keeps its ending, which
-    some writers need. A reader never sees half a file.
+    some writers need. A reader never sees half a file. Its name is always the same, so that what a killed job
+    left is written over by the next.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".partial-{os.getpid()}-{path.name}")
+    partial = path.with_name(f".partial-{path.name}")
     try:
         yield partial
         os.replace(partial, path)

@@ -13,9 +13,8 @@ import numpy as np
 
 from segtrust.errors import PatientError, SegtrustError
 from segtrust.moments import Accumulator
-from segtrust.preprocess import bounding_box
 from segtrust.regions import REGIONS
-from segtrust.volumes import geometry_of, load_image, read_voxels
+from segtrust.volumes import bounding_box, geometry_of, load_image, read_voxels
 
 
 def find_passes(pattern, patient):
@@ -32,8 +31,8 @@ def find_passes(pattern, patient):
             raise SegtrustError(f"{patient}: no prediction {filled}")
         return {0: filled}
     folder, name = Path(filled).parent, Path(filled).name
-    if "{pass}" in str(folder):
-        raise SegtrustError(f"predictions: {{pass}} belongs into the file name, not into a folder: {pattern}")
+    if "{pass}" in str(folder) or name.count("{pass}") > 1:
+        raise SegtrustError(f"predictions: {{pass}} belongs into the file name, once, and into no folder: {pattern}")
     before, after = name.split("{pass}")
     numbered = re.compile(re.escape(before) + r"(\d+)" + re.escape(after))
     found = {}
@@ -111,5 +110,5 @@ def gather(paths, *, outputs, deterministic, patient, geometry):
         if deterministic:
             accumulator.set_deterministic(probability)
         print(f"{patient}: pass {index + 1} of {len(paths)}, {path}", flush=True)
-    box = bounding_box(occupied) if occupied.any() else (slice(0, 1),) * 3
+    box = bounding_box(occupied) or (slice(0, 1),) * 3
     return accumulator.moments((0, 0, 0), geometry).crop(box)

@@ -121,6 +121,7 @@ def _rows(patients, coding):
 
 
 def _from_dataset(folder, dataset):
+    coding = _coding(dataset.get("labels", {}))
     channels = dataset.get("channel_names") or dataset.get("modality")
     if not channels:
         raise SegtrustError(f"{folder / 'dataset.json'} has neither channel_names nor modality")
@@ -154,16 +155,34 @@ def _from_dataset(folder, dataset):
         if labels:
             found["seg"] = labels
     if layout == "nnU-Net raw":
-        rows, problems = _rows(patients, "msd")
+        rows, problems = _rows(patients, coding)
         raise_if_any(problems)
     else:
         rows = [
-            {"patient": name, **{column: str(paths[0]) for column, paths in found.items()}, "coding": "msd"}
+            {"patient": name, **{column: str(paths[0]) for column, paths in found.items()}, "coding": coding}
             for name, found in patients.items()
         ]
     if not rows:
         raise SegtrustError(f"{folder / 'imagesTr'} holds no NIfTI file")
     return layout, rows
+
+
+def _coding(labels):
+    """Return the coding that the labels of a dataset.json describe; the Decathlon's where they do not say.
+
+    labels : {"1": "edema", …} as the Decathlon has it, or {"edema": 1, "whole tumor": [1, 2, 3], …} as nnU-Net has it
+    """
+    codes = {}
+    for key, value in labels.items():
+        name, code = (value, key) if str(key).isdigit() else (key, value)
+        codes[str(name).casefold()] = {int(each) for each in (code if isinstance(code, list) else [code])}
+    for name, found in codes.items():
+        # oedema is what is tumour and not core
+        if "dema" in name and found in ({1}, {2}):
+            return "msd" if found == {1} else "brats2023"
+        if "core" in name and found in ({2, 3}, {1, 3}):
+            return "msd" if found == {2, 3} else "brats2023"
+    return "msd"
 
 
 def _labels(folder, name):

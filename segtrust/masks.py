@@ -5,6 +5,8 @@ A voxel's membership in all masks of a region is one uint16: bit k stands for `M
 
 import numpy as np
 
+from segtrust.volumes import bounding_box
+
 MASKS = (
     "volume",
     "brain",
@@ -53,18 +55,6 @@ def reference_box(membership):
     """
     box = bounding_box(membership)
     return None if box is None else padded(box, (BOX_MARGIN_VOXELS,) * membership.ndim, membership.shape)
-
-
-def bounding_box(membership):
-    """Return the smallest box that holds a bool array, as a tuple of slices; None for an empty one."""
-    box = []
-    for axis in range(membership.ndim):
-        others = tuple(other for other in range(membership.ndim) if other != axis)
-        found = np.flatnonzero(membership.any(axis=others))
-        if not found.size:
-            return None
-        box.append(slice(int(found[0]), int(found[-1]) + 1))
-    return tuple(box)
 
 
 def padded(box, margins, shape):

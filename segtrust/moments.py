@@ -113,10 +113,7 @@ class Moments:
 
     def place(self, array):
         """Return an array of the box, (c, x, y, z) canonical, on the patient's own grid; zero outside the box."""
-        whole = np.zeros((*array.shape[:-3], *self.geometry.canonical_shape), array.dtype)
-        box = tuple(slice(first, first + size) for first, size in zip(self.start, array.shape[-3:], strict=True))
-        whole[(..., *box)] = array
-        return self.geometry.to_own(whole)
+        return self.geometry.place(array, self.start)
 
 
 @dataclass(frozen=True)

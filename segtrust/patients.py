@@ -13,6 +13,29 @@ from segtrust.errors import PatientError, Problems, raise_if_any
 from segtrust.preprocess import MODALITIES, check_shape, grid_problem
 from segtrust.volumes import geometry_of, load_image
 
+# columns of cohort/patients.parquet, which further columns of the sheet stand beside
+RESERVED_COLUMNS = frozenset(
+    [
+        "model",
+        "region",
+        "dice",
+        "dice_deterministic",
+        "delta_dice",
+        "sensitivity",
+        "precision",
+        "hd95",
+        "hd95_brats",
+        "nsd_1mm",
+        "volume_ml",
+        "volume_error_ml",
+        "volume_median_ml",
+        "volume_low_ml",
+        "volume_high_ml",
+        "pairwise_dice",
+        "both_empty",
+        "missing_region",
+    ]
+)
 SAMPLED_SPLITS = ("calibration", "test")
 
 
@@ -84,6 +107,11 @@ def _column_problems(rows, path):
     if "patient" not in named:
         problems.append(
             f"{path}: no column `patient` among {', '.join(map(repr, rows.columns))}; columns are separated by tabs."
+        )
+    taken = [name for name in rows.columns if name in RESERVED_COLUMNS or name.startswith("score_")]
+    if taken:
+        problems.append(
+            f"{path}: a column of the tables of results has the name {', '.join(map(repr, taken))}; call it otherwise."
         )
     if "image" not in named:
         for modality in (modality for modality in MODALITIES if modality not in named):

@@ -12,7 +12,7 @@ from safetensors.numpy import save_file
 
 from segtrust.errors import PatientError
 from segtrust.files import canonical_json, replacing
-from segtrust.volumes import Geometry, geometry_of, load_image, read_voxels
+from segtrust.volumes import Geometry, bounding_box, geometry_of, load_image, read_voxels
 
 MODALITIES = ("t1", "t1ce", "t2", "flair")
 MSD_CHANNELS = ("flair", "t1", "t1ce", "t2")
@@ -36,9 +36,7 @@ class Preprocessed:
 
     def place(self, array):
         """Return an array of the box, (…, x, y, z), on the patient's own grid; zero outside the box."""
-        whole = np.zeros((*array.shape[:-3], *self.geometry.canonical_shape), array.dtype)
-        whole[(..., *self.box)] = array
-        return self.geometry.to_own(whole)
+        return self.geometry.place(array, self.start)
 
     @property
     def brain(self):
@@ -143,22 +141,13 @@ def preprocess(volumes, geometry):
     nonzero = np.zeros(canonical.shape[1:], np.uint8)
     for bit, volume in enumerate(canonical):
         nonzero |= (volume != 0).astype(np.uint8) << bit
-    box = bounding_box(nonzero)
+    box = bounding_box(nonzero > 0)
     return Preprocessed(
         image=np.stack([normalise(volume[box]) for volume in canonical]),
         nonzero=nonzero[box],
         start=tuple(side.start for side in box),
         geometry=geometry,
     )
-
-
-def bounding_box(occupied):
-    """Return the slices of the smallest box that holds all non-zero voxels of an array (x, y, z)."""
-    box = []
-    for axis in range(3):
-        present = np.flatnonzero(occupied.any(axis=tuple(other for other in range(3) if other != axis)))
-        box.append(slice(int(present[0]), int(present[-1]) + 1))
-    return tuple(box)
 
 
 def write_preprocessed(path, preprocessed, provenance):

@@ -8,8 +8,7 @@ import time
 
 import torch
 
-from segtrust.dropout import Stochastic, draw_masks, logits_of, stack_masks
-from segtrust.errors import SegtrustError
+from segtrust.dropout import Stochastic, check_stochastic, draw_masks, logits_of, stack_masks
 from segtrust.moments import Accumulator
 from segtrust.networks import arithmetic, divisor, region_probability, torch_device
 from segtrust.windows import slide, view
@@ -62,12 +61,7 @@ def sample(
     window.
     """
     stochastic = network if isinstance(network, Stochastic) else Stochastic(network)
-    if not stochastic.layers and passes.stop > 1:
-        raise SegtrustError(
-            f"{passes.stop} passes were asked for, but no dropout layer with a rate above 0 is active in "
-            f"{type(stochastic.network).__name__}, so all passes would be the same; give the network dropout, inject "
-            "it, or ask for one pass"
-        )
+    check_stochastic(stochastic.network, passes.stop)
     place = torch_device(device)
     seen = view(
         scan,

@@ -77,6 +77,18 @@ class Study:
         """Return the settings of a stage as one canonical JSON text."""
         return canonical_json(self.config[stage])
 
+    def advice(self):
+        """Say what to do about the patients whose content made jobs fail, as text."""
+        failed = _failures(self.patients, self.config["models"])
+        if not failed:
+            return "A job failed; its log is named above. What is finished is kept: run the same command again."
+        lines = [f"  {reason}" for reason in failed.values()]
+        if self.config["on_bad_patient"] == "exclude":
+            advice = "Run again: they are left out until their files change, and the report says so."
+        else:
+            advice = "Mend the files and run again, or set `on_bad_patient: exclude` to finish without them."
+        return "\n".join([f"{len(failed)} patient(s) could not be used:", *lines, advice])
+
     def cohort_settings(self):
         """Return what `segtrust.cohort.cohort` takes, as one canonical JSON text."""
         settings = self.config["cohort"]

@@ -76,6 +76,16 @@ class Geometry:
         """Return the array (…, canonical grid) on the patient's own grid; the inverse of `to_canonical`."""
         return _reorient(array, ornt_transform(CANONICAL, io_orientation(self.affine)))
 
+    def place(self, array, start):
+        """Return an array (…, x, y, z) of a box, canonical, on the patient's own grid; zero outside the box.
+
+        start : (3,) offset of the box in the canonical grid, voxels
+        """
+        whole = np.zeros((*array.shape[:-3], *self.canonical_shape), array.dtype)
+        box = tuple(slice(first, first + size) for first, size in zip(start, array.shape[-3:], strict=True))
+        whole[(..., *box)] = array
+        return self.to_own(whole)
+
     def agrees_with(self, other):
         """Say whether two grids are the same: equal shapes, affines within `AFFINE_TOLERANCE_MM`."""
         return self.shape == other.shape and np.allclose(self.affine, other.affine, rtol=0, atol=AFFINE_TOLERANCE_MM)
@@ -91,6 +101,18 @@ class Geometry:
 def _reorient(array, orientation):
     spatial = np.moveaxis(array, (-3, -2, -1), (0, 1, 2))
     return np.moveaxis(apply_orientation(spatial, orientation), (0, 1, 2), (-3, -2, -1))
+
+
+def bounding_box(membership):
+    """Return the smallest box that holds a bool array, as a tuple of slices; None for an empty one."""
+    box = []
+    for axis in range(membership.ndim):
+        others = tuple(other for other in range(membership.ndim) if other != axis)
+        found = np.flatnonzero(membership.any(axis=others))
+        if not found.size:
+            return None
+        box.append(slice(int(found[0]), int(found[-1]) + 1))
+    return tuple(box)
 
 
 def load_image(path, patient):

@@ -9,20 +9,20 @@ import pyarrow as pa
 from scipy import ndimage
 
 from segtrust.errors import PatientError
-from segtrust.files import canonical_json
+from segtrust.files import canonical_json, write_parquet
 from segtrust.masks import (
     BIT,
     BOUNDARY_MM,
     BOX_MARGIN_VOXELS,
     DILATION_MM,
     PLAUSIBLE_ABOVE,
-    bounding_box,
     padded,
     reference_box,
     within,
 )
 from segtrust.regions import REGIONS, overlay, region_masks
 from segtrust.tally import CASE_KEY, REST_KEY, Columns, pooled, tally_columns, tally_quiet
+from segtrust.volumes import bounding_box
 
 _WORST_HD95 = 373.13  # the diagonal of 240 × 240 × 155 voxels of 1 mm, as BraTS sets it
 _LESION_DILATIONS = 3
@@ -130,6 +130,14 @@ def voxels(summary, labels, brain, brain_t1, *, spacing_mm, patient, cavity=None
         tally = _tally_rest(np.flatnonzero(rest), summary, labels, segmentation, distance_predicted, cavity)
         metadata[REST_KEY] = tally.to_text().encode()
     return pa.table(columns).replace_schema_metadata(metadata)
+
+
+def write_voxels(path, table, provenance):
+    """Write a voxels table; a third smaller than by Parquet's own choice of encodings."""
+    floating = [field.name for field in table.schema if pa.types.is_floating(field.type)]
+    encodings = {"index": "DELTA_BINARY_PACKED", **dict.fromkeys(floating, "BYTE_STREAM_SPLIT")}
+    repeating = [name for name in table.column_names if name not in encodings]
+    write_parquet(path, table, provenance, use_dictionary=repeating, column_encoding=encodings)
 
 
 def signed_distance(membership, spacing_mm):

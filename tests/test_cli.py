@@ -67,18 +67,30 @@ def test_init_takes_the_coding_it_is_told(data, tmp_path):
 def test_run_prints_the_command_it_executes_and_hands_options_on(tmp_path, capsys, monkeypatch):
     (tmp_path / "config.yaml").write_text("")
     executed = []
-    monkeypatch.setattr(cli.subprocess, "run", lambda command, check: executed.append(command) or Done())
+    monkeypatch.setattr(cli.subprocess, "run", lambda command, **_: executed.append(command) or Done())
     assert cli.main(["run", str(tmp_path), "-n", "--cores", "2"]) == 7
     command = executed[0]
-    assert command[-3:] == ["-n", "--cores", "2"]
+    assert command[command.index("-n") :][:3] == ["-n", "--cores", "2"]
     assert command[command.index("--directory") + 1] == str(tmp_path)
     assert "snakemake --snakefile" in capsys.readouterr().out
 
 
 class Done:
-    """What a finished Snakemake that failed looks like."""
+    """What a finished command that failed looks like."""
 
     returncode = 7
+    stdout = ""
+
+
+def test_jobs_side_by_side_may_use_the_memory_of_the_machine(tmp_path, monkeypatch):
+    (tmp_path / "config.yaml").write_text("")
+    executed = []
+    monkeypatch.setattr(cli.subprocess, "run", lambda command, **_: executed.append(command) or Done())
+    cli.main(["run", str(tmp_path)])
+    cli.main(["run", str(tmp_path), "--resources", "mem_mb=7"])
+    limits = [[option for option in command if option.startswith("mem_mb=")] for command in executed]
+    assert int(limits[0][0].removeprefix("mem_mb=")) > 500
+    assert limits[1] == ["mem_mb=7"]
 
 
 def test_run_without_a_study_says_how_to_start_one(tmp_path, capsys):
@@ -108,9 +120,10 @@ def test_a_value_of_a_snakemake_option_is_not_taken_for_the_study(tmp_path, monk
     (tmp_path / "config.yaml").write_text("")
     monkeypatch.chdir(tmp_path)
     executed = []
-    monkeypatch.setattr(cli.subprocess, "run", lambda command, check: executed.append(command) or Done())
+    monkeypatch.setattr(cli.subprocess, "run", lambda command, **_: executed.append(command) or Done())
     assert cli.main(["run", "--cores", "4"]) == 7
-    assert executed[0][-2:] == ["--cores", "4"]
+    assert executed[0][executed[0].index("--cores") + 1] == "4"
+    assert executed[0][executed[0].index("--directory") + 1] == str(tmp_path)
     assert executed[0][executed[0].index("--directory") + 1] == str(tmp_path)
 
 

@@ -28,6 +28,17 @@ def test_the_partial_file_keeps_its_ending_and_its_folder(tmp_path):
         assert partial.parent == tmp_path / "new"
 
 
+def test_what_a_killed_job_left_is_written_over(tmp_path):
+    path = tmp_path / "table.txt"
+    with replacing(path) as partial:
+        left = partial.name
+        partial.write_text("first")
+    (tmp_path / left).write_text("half")
+    with replacing(path) as partial:
+        partial.write_text("whole")
+    assert [file.name for file in tmp_path.iterdir()] == ["table.txt"]
+
+
 def test_provenance_travels_with_a_table(tmp_path):
     table = pa.table({"dice": [0.5, None]})
     write_parquet(tmp_path / "t.parquet", table, {"seed": 3})

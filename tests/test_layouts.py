@@ -90,3 +90,20 @@ def test_linked_folders_are_followed_and_hidden_files_are_not_seen(tmp_path):
     (tmp_path / "cohort" / "a").symlink_to(tmp_path / "store")
     (tmp_path / "store" / "back").symlink_to(tmp_path / "cohort")
     assert [row["patient"] for row in find_patients(tmp_path / "cohort")[1]] == ["a"]
+
+
+@pytest.mark.parametrize(
+    ("labels", "coding"),
+    [
+        ({"0": "background", "1": "edema", "2": "non-enhancing tumor", "3": "enhancing tumour"}, "msd"),
+        ({"background": 0, "whole tumor": [1, 2, 3], "tumor core": [2, 3], "enhancing tumor": 3}, "msd"),
+        ({"background": 0, "whole tumor": [1, 2, 3], "tumor core": [1, 3], "enhancing tumor": 3}, "brats2023"),
+        ({"background": 0, "NCR": 1, "Oedema": 2, "ET": 3}, "brats2023"),
+        ({}, "msd"),
+    ],
+)
+def test_the_coding_of_a_dataset_follows_its_labels(tmp_path, labels, coding):
+    names = {"0": "T1", "1": "T1ce", "2": "T2", "3": "Flair"}
+    (tmp_path / "dataset.json").write_text(json.dumps({"channel_names": names, "labels": labels}))
+    touch(*(tmp_path / "imagesTr" / f"case_7_{channel:04d}.nii.gz" for channel in range(4)))
+    assert find_patients(tmp_path)[1][0]["coding"] == coding

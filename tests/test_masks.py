@@ -6,6 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from segtrust import masks
+from segtrust.volumes import bounding_box
 
 
 def test_bits_stand_in_the_order_of_the_definitions():
@@ -33,7 +34,7 @@ def test_the_bounding_box_is_the_smallest_that_holds_all(voxels):
     member = np.zeros((7, 7, 7), bool)
     member[tuple(np.array(voxels).T)] = True
     low, high = np.argwhere(member).min(axis=0), np.argwhere(member).max(axis=0)
-    assert masks.bounding_box(member) == tuple(slice(a, b + 1) for a, b in zip(low, high, strict=True))
+    assert bounding_box(member) == tuple(slice(a, b + 1) for a, b in zip(low, high, strict=True))
 
 
 @pytest.mark.parametrize(

@@ -137,3 +137,9 @@ def test_headers_show_files_of_other_dimensions(tmp_path, column, shape):
     row = {"patient": "a", **write_patient(tmp_path, "a", 0), column: save(tmp_path / "x.nii.gz", np.ones(shape))}
     (message,) = header_problems(read_sheet(write_sheet(tmp_path / "p.tsv", [row])))["a"]
     assert f"has shape {shape}" in message
+
+
+@pytest.mark.parametrize("name", ["dice", "region", "score_brain_mean_entropy"])
+def test_a_column_named_like_one_of_the_results_is_refused(tmp_path, name):
+    sheet = write_sheet(tmp_path / "p.tsv", [{"patient": "a", **FILES, name: "1"}])
+    assert f"has the name {name!r}" in problems(sheet)[0]

@@ -7,14 +7,13 @@ from conftest import LPS, MODALITIES, draw_scan, save, write_patient
 
 from segtrust.errors import PatientError
 from segtrust.preprocess import (
-    bounding_box,
     normalise,
     preprocess,
     read_modalities,
     read_preprocessed,
     write_preprocessed,
 )
-from segtrust.volumes import Geometry
+from segtrust.volumes import Geometry, bounding_box
 
 
 def test_z_scores_are_those_of_monai():

@@ -16,7 +16,7 @@ from segtrust.measures import binary_entropy
 from segtrust.moments import Summary
 from segtrust.regions import REGIONS, region_masks
 from segtrust.tally import Tally
-from segtrust.voxels import lesionwise_dice, signed_distance, surface_agreement, voxels
+from segtrust.voxels import lesionwise_dice, signed_distance, surface_agreement, voxels, write_voxels
 
 SHAPE = (18, 16, 14)
 
@@ -330,3 +330,13 @@ def test_volumes_are_in_millilitres():
     scalars = Tally.of(table_of(summary, labels, brain, (1, 2, 3))).scalars
     assert scalars["reference_ml"] == pytest.approx(region_masks(labels).sum(axis=(1, 2, 3)) * 0.006)
     assert scalars["pass_ml"] == pytest.approx(summary.volumes * 0.006)
+
+
+def test_a_written_table_is_read_as_it_was(tmp_path):
+    summary, labels, brain = draw_patient(0)
+    table = table_of(summary, labels, brain)
+    write_voxels(tmp_path / "v.parquet", table, {"seed": 1})
+    read, provenance = read_parquet(tmp_path / "v.parquet")
+    assert provenance == {"seed": 1}
+    for name in table.column_names:
+        assert np.array_equal(read[name].to_numpy(), table[name].to_numpy(), equal_nan=True), name

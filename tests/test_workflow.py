@@ -153,7 +153,9 @@ def test_pooled_metrics_are_those_of_scikit_learn_on_the_maps(study, model, regi
     index = REGIONS.index(region)
     p, y = probability[index][brain], truth[index][brain]
     error = (p >= 0.5) != y
-    rows = metrics(study, model, region=region, mask="brain", pooling="pooled").set_index(["measure", "metric"])["value"]
+    rows = metrics(study, model, region=region, mask="brain", pooling="pooled").set_index(["measure", "metric"])[
+        "value"
+    ]
     entropy = binary_entropy(p)
     assert rows["entropy", "error_rate"] == pytest.approx(error.mean(), rel=1e-9)
     assert rows["entropy", "auroc"] == pytest.approx(roc_auc_score(error, entropy), abs=1e-4)
@@ -268,6 +270,8 @@ def test_a_damaged_patient_fails_alone_and_is_named(tmp_path):
     path.write_bytes(path.read_bytes()[:2000])
     output = snakemake(tmp_path, expect=1)
     assert re.search(r"segtrust preprocess: p4: the file ends early or is damaged.*p4_t2\.nii\.gz", output)
+    assert "1 patient(s) could not be used" in output
+    assert "on_bad_patient: exclude" in output
     record = json.loads((tmp_path / "results/failed/preprocess/p4.json").read_text())
     assert "p4_t2.nii.gz" in record["reason"]
     assert (tmp_path / "results/given/tally/p3.parquet").is_file()

@@ -16,6 +16,7 @@ from segtrust.study import study_or_message
 
 STUDY = study_or_message(config, workflow.is_main_process, WorkflowError)
 config.update(STUDY.config)
+GPU = 0 if STUDY.config["sample"]["device"] == "cpu" else 1
 SCRIPTS = f"{workflow.basedir}/workflow/scripts"
 
 

@@ -27,6 +27,6 @@ rule report:
         patients=STUDY.rows(STUDY.sampled),
         left_out=canonical_json(STUDY.not_evaluated),
         code=code("report"),
-        template=file_digest(f"{workflow.basedir}/segtrust/templates/index.html"),
+        templates=[file_digest(f"{workflow.basedir}/segtrust/templates/{name}") for name in ("index.html", "style.css")],
     script:
         "../scripts/report.py"

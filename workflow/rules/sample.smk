@@ -20,7 +20,8 @@ rule sample:
     conda:
         "../../envs/segtrust.yaml"
     resources:
-        mem_mb=lambda wildcards, attempt: 6000 * attempt,
+        gpu=GPU,
+        mem_mb=lambda wildcards, attempt: 4000 * attempt,
         runtime=lambda wildcards, attempt: 60 * attempt,
     params:
         settings=sample_settings,

@@ -29,6 +29,7 @@ rule train:
         "../../envs/segtrust.yaml"
     threads: 8
     resources:
+        gpu=GPU,
         mem_mb=lambda wildcards, attempt: 16000 * attempt,
         runtime=lambda wildcards, attempt: 1440 * attempt,
     params:

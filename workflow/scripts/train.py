@@ -5,6 +5,7 @@ import json
 import torch
 
 from segtrust.cases import Cases
+from segtrust.dropout import check_stochastic
 from segtrust.files import write_csv, write_parquet
 from segtrust.jobs import job
 from segtrust.networks import build
@@ -14,8 +15,10 @@ from segtrust.train import curve_table, train
 with job(snakemake, "train"):
     torch.set_num_threads(snakemake.threads)
     settings = json.loads(snakemake.params.settings)
+    network = build(settings["network"], settings["seed"])
+    check_stochastic(network, snakemake.config["sample"]["passes"])  # before hours of training, not after
     curve = train(
-        build(settings["network"], settings["seed"]),
+        network,
         Cases(snakemake.input.scans, snakemake.input.references, **snakemake.params.training),
         Cases(snakemake.input.validation_scans, snakemake.input.validation_references, **snakemake.params.validation),
         channels=settings["channels"],

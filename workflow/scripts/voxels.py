@@ -1,11 +1,10 @@
 """Lay moments and reference of one patient side by side."""
 
-from segtrust.files import write_parquet
 from segtrust.jobs import job
 from segtrust.moments import read_and_merge
 from segtrust.preprocess import read_preprocessed
 from segtrust.volumes import read_reference
-from segtrust.voxels import voxels
+from segtrust.voxels import voxels, write_voxels
 
 with job(snakemake, "voxels"):
     patient = snakemake.wildcards.patient
@@ -21,6 +20,6 @@ with job(snakemake, "voxels"):
         patient=patient,
         cavity=reference.cavity,
     )
-    write_parquet(
+    write_voxels(
         snakemake.output.voxels, table, {**provenance, "patient": patient, "voxels": {"code": snakemake.params.code}}
     )
