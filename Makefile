@@ -7,7 +7,7 @@ SHELL = /bin/bash
 .PHONY: help demo test test-fast lint format bench-tally clean
 
 help:
-	@echo "make demo       draw a demo cohort, train two small networks, evaluate them (about 6 minutes on 2 cores)"
+	@echo "make demo       draw a demo cohort, train two small networks, evaluate them (about 5 minutes on 2 cores)"
 	@echo "make test       all tests;  make test-fast: the inner loop, under 2 minutes"
 	@echo "make lint       ruff, snakefmt, snakemake --lint;  make format: let them mend what they can"
 	@echo "make bench-tally  time the tally of a full-size patient beside scikit-learn"
