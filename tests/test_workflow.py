@@ -17,6 +17,7 @@ from sklearn.metrics import average_precision_score, brier_score_loss, log_loss,
 
 from segtrust.config import ROOT
 from segtrust.measures import binary_entropy
+from segtrust.patients import RESERVED_COLUMNS
 from segtrust.regions import REGIONS, canonical_labels, region_masks
 
 pytestmark = pytest.mark.slow
@@ -199,6 +200,13 @@ def test_a_patient_without_reference_has_maps_and_is_named_in_the_report(study):
 
 def test_a_sheets_column_is_carried_and_shown_as_text(study):
     assert set(pd.read_parquet(study / "results/given/cohort/patients.parquet")["site"]) == {"A <b>"}
+
+
+def test_columns_of_the_patients_table_are_those_a_sheet_may_not_have(study):
+    columns = list(pd.read_parquet(study / "results/given/cohort/patients.parquet").columns)
+    own = {name for name in columns if not name.startswith("score_")}
+    assert own - RESERVED_COLUMNS == {"patient", "subject", "split", "coding", "site"}
+    assert own >= RESERVED_COLUMNS
 
 
 def test_spread_over_a_single_prediction_is_null_and_never_zero(study):
