@@ -46,7 +46,7 @@ def _parser():
         "(dry run) or --cores 4.",
         allow_abbrev=False,
     )
-    run.add_argument("--profile", default="local", help="local, slurm, or the path of a Snakemake profile")
+    run.add_argument("--profile", default="local", help="local, or the path of a Snakemake profile")
 
     phantom = commands.add_parser("phantom", help="draw a cohort of synthetic patients in BraTS 2021 files")
     phantom.add_argument("folder")

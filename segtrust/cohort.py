@@ -15,6 +15,7 @@ from segtrust import alarms, intervals, metrics, strata
 from segtrust.errors import Problems, SegtrustError
 from segtrust.masks import BANDS, CONDITIONAL_ON_REFERENCE, DEPENDS_ON_MODEL, MASKS
 from segtrust.measures import ENTROPY_4CLASS, MEASURES, OWN_ERRORS
+from segtrust.patients import AGREEMENT_COLUMNS, CASE_COLUMNS
 from segtrust.regions import REGIONS
 from segtrust.tally import ALL, CLASS_KINDS, DETERMINISTIC, JOINT_MASKS, PROBABILITY
 
@@ -771,17 +772,7 @@ SEGMENTATION_RANGES = {
 
 def _segmentation(rows, evaluated, region, table):
     """Add the rows of segmentation metrics: means and medians over patients, pooled Dice, and counts."""
-    names = (
-        "dice",
-        "dice_deterministic",
-        "delta_dice",
-        "sensitivity",
-        "precision",
-        "hd95",
-        "hd95_brats",
-        "nsd_1mm",
-    )
-    names += ("dice_lesionwise", "volume_ml", "volume_error_ml", "pairwise_dice")
+    names = (*AGREEMENT_COLUMNS, "dice_lesionwise", "volume_ml", "volume_error_ml", "pairwise_dice")
     values = {(name, None): table[name] for name in names}
     values["absolute_delta_dice", None] = np.abs(table["delta_dice"])
     _add_patient_means(rows, evaluated, values, SEGMENTATION_RANGES, None, region=region)
@@ -942,24 +933,6 @@ def _patients_table(evaluated, tables):
 
     Scores that do not exist (no deterministic pass, a single pass) are null, and keep their columns.
     """
-    names = (
-        "dice",
-        "dice_deterministic",
-        "delta_dice",
-        "sensitivity",
-        "precision",
-        "hd95",
-        "hd95_brats",
-        "nsd_1mm",
-    )
-    names += (
-        "volume_ml",
-        "volume_error_ml",
-        "volume_median_ml",
-        "volume_low_ml",
-        "volume_high_ml",
-        "pairwise_dice",
-    )
     common = ("patient", "subject", "split")
     keys = [(aggregation, measure) for aggregation in AGGREGATIONS for measure in MEASURES]
     keys += [(CASE, PAIRWISE_DICE), (CASE, PREDICTED_VOLUME)]
@@ -969,7 +942,7 @@ def _patients_table(evaluated, tables):
         part = {"model": pa.array([evaluated.model] * len(evaluated.tallies))}
         part |= {name: pa.array(evaluated.patients[name].astype(str)) for name in common}
         part["region"] = pa.array([region] * len(evaluated.tallies))
-        part |= {name: pa.array(table[name], from_pandas=True) for name in names}
+        part |= {name: pa.array(table[name], from_pandas=True) for name in CASE_COLUMNS}
         part |= {name: pa.array(table[name]) for name in ("both_empty", "missing_region")}
         for key in keys:
             part["score_{}_{}".format(*key)] = pa.array(table["scores"].get(key, unknown), from_pandas=True)

@@ -13,29 +13,17 @@ from segtrust.errors import PatientError, Problems, raise_if_any
 from segtrust.preprocess import MODALITIES, check_shape, grid_problem
 from segtrust.volumes import geometry_of, load_image
 
-# columns of cohort/patients.parquet, which further columns of the sheet stand beside
-RESERVED_COLUMNS = frozenset(
-    [
-        "model",
-        "region",
-        "dice",
-        "dice_deterministic",
-        "delta_dice",
-        "sensitivity",
-        "precision",
-        "hd95",
-        "hd95_brats",
-        "nsd_1mm",
-        "volume_ml",
-        "volume_error_ml",
-        "volume_median_ml",
-        "volume_low_ml",
-        "volume_high_ml",
-        "pairwise_dice",
-        "both_empty",
-        "missing_region",
-    ]
+# columns of cohort/patients.parquet: how prediction and reference agree, and what else is known of a case and region
+AGREEMENT_COLUMNS = (
+    *("dice", "dice_deterministic", "delta_dice", "sensitivity", "precision"),
+    *("hd95", "hd95_brats", "nsd_1mm"),
 )
+CASE_COLUMNS = (
+    *AGREEMENT_COLUMNS,
+    *("volume_ml", "volume_error_ml", "volume_median_ml", "volume_low_ml", "volume_high_ml", "pairwise_dice"),
+)
+# the sheet's further columns stand beside them under their own names
+RESERVED_COLUMNS = frozenset(["model", "region", *CASE_COLUMNS, "both_empty", "missing_region"])
 SAMPLED_SPLITS = ("calibration", "test")
 
 

@@ -25,6 +25,7 @@ def read_tallies(paths, rows):
         [{**{key: row[key] for key in ("patient", "subject", "split", "coding")}, **row["extra"]} for row in rows]
     )
     shared = {key: value for key, value in provenances[0].items() if key != "patient"}
+    shared["device"] = sorted({provenance["device"] for provenance in provenances if "device" in provenance})
     return list(tallies), patients, shared
 
 
