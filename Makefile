@@ -4,23 +4,24 @@ CORES ?= 2
 BIN = .venv/bin
 SHELL = /bin/bash
 
-.PHONY: help demo test test-fast lint format bench-tally clean
+.PHONY: help demo test test-fast lint format bench-tally bench-sample clean
 
 help:
-	@echo "make demo       draw a demo cohort, train two small networks, evaluate them (about 5 minutes on 2 cores)"
+	@echo "make demo       draw a demo cohort, train small networks, evaluate them (about 6 minutes on 2 cores)"
 	@echo "make test       all tests;  make test-fast: the inner loop, under 2 minutes"
 	@echo "make lint       ruff, snakefmt, snakemake --lint;  make format: let them mend what they can"
-	@echo "make bench-tally  time the tally of a full-size patient beside scikit-learn"
+	@echo "make bench-tally   time the tally of a full-size patient beside scikit-learn"
+	@echo "make bench-sample time Monte Carlo passes of a full-size patient beside a loop with MONAI"
 	@echo "make clean      remove the demo's data and results"
 
 .venv/ready: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit("segtrust needs Python 3.11 or newer; try make PYTHON=python3.11") if sys.version_info < (3, 11) else None'
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[test,lint,slurm]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[test,lint,slurm,openvino]'
 	touch $@
 
 demo: .venv/ready
-	test -e demo/patients.tsv || $(BIN)/segtrust phantom demo --patients 30 --shape 64 72 56 --seed 1 --train 16 --validation 4
+	test -e demo/patients.tsv || $(BIN)/segtrust phantom demo --patients 32 --shape 64 72 56 --seed 1 --train 16 --validation 4 --calibration 2
 	$(BIN)/segtrust run . --profile local --cores $(CORES) --set-threads train=1  # the two trainings side by side
 	@echo "Report: results/report/index.html    Tables: results/<model>/cohort/"
 
@@ -43,6 +44,9 @@ format: .venv/ready
 
 bench-tally: .venv/ready
 	$(BIN)/python benchmarks/tally.py
+
+bench-sample: .venv/ready
+	$(BIN)/python benchmarks/sample.py
 
 clean:
 	rm -rf demo results logs .snakemake

@@ -1,8 +1,9 @@
 """segtrust: can the confidence of a brain-tumour segmentation model be trusted, region by region?
 
-patients.tsv                              checkpoint, bundle or training settings
+patients.tsv                              checkpoints, bundle or training settings
     │                                               │
 preprocess ──► train (where a model is trained here)│
+    ├────────► inject (where dropout is added)      │
     └────────► sample ◄─────────────────────────────┘     gather ◄── predictions made elsewhere
                   └────────────► moments ◄───────────────────┘
                           ┌─────────┴─────────┐
@@ -17,6 +18,7 @@ if not workflow.overwrite_configfiles:
 include: "workflow/rules/common.smk"
 include: "workflow/rules/preprocess.smk"
 include: "workflow/rules/train.smk"
+include: "workflow/rules/inject.smk"
 include: "workflow/rules/sample.smk"
 include: "workflow/rules/gather.smk"
 include: "workflow/rules/maps.smk"

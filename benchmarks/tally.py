@@ -71,7 +71,14 @@ def draw_patient(seed):
     probability = np.stack(mean)
     volumes = np.repeat((probability >= 0.5).sum(axis=(1, 2, 3))[None], PASSES, axis=0)
     summary = Summary(
-        PASSES, probability, np.stack(own), np.stack(expected), np.stack(variance), np.stack(votes), volumes
+        passes=PASSES,
+        probability=probability,
+        deterministic=np.stack(own),
+        expected_entropy=np.stack(expected),
+        member_entropy=None,
+        variance=np.stack(variance),
+        votes=np.stack(votes),
+        volumes=volumes,
     )
     return summary, labels, brain
 

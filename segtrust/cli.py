@@ -1,4 +1,4 @@
-"""The command `segtrust`: start a study, run it, draw phantoms."""
+"""The command `segtrust`: start a study, run it, look into its networks, draw phantoms."""
 
 import argparse
 import os
@@ -22,7 +22,7 @@ def main(arguments=None):
     if rest and options.command != "run":
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     try:
-        return {"init": _init, "run": _run, "phantom": _phantom}[options.command](options, rest)
+        return {"init": _init, "run": _run, "layers": _layers, "phantom": _phantom}[options.command](options, rest)
     except SegtrustError as error:
         print(f"segtrust {options.command}: {error}", file=sys.stderr)
         return 1
@@ -48,6 +48,12 @@ def _parser():
     )
     run.add_argument("--profile", default="local", help="local, or the path of a Snakemake profile")
 
+    layers = commands.add_parser("layers", help="list the layers of a model's network, to inject dropout after")
+    layers.add_argument("model", metavar="MODEL", help="name of a model in config.yaml; its weights need not exist")
+    layers.add_argument(
+        "study", metavar="STUDY", nargs="?", default=".", help="folder with config.yaml (default: here)"
+    )
+
     phantom = commands.add_parser("phantom", help="draw a cohort of synthetic patients in BraTS 2021 files")
     phantom.add_argument("folder")
     phantom.add_argument("--patients", type=int, required=True, help="how many")
@@ -70,9 +76,7 @@ def _init(options, _):
 def _run(options, rest):
     # argparse would take the value of one of Snakemake's options for the study
     study, rest = (rest[0], rest[1:]) if rest and not rest[0].startswith("-") else (".", rest)
-    study = Path(study).resolve()
-    if not (study / "config.yaml").is_file():
-        raise SegtrustError(f"no config.yaml in {study}; start a study with `segtrust init FOLDER`")
+    study = _folder(study)
     profile = Path(options.profile) if os.sep in options.profile else ROOT / "profiles" / options.profile
     if not (profile / "config.yaml").is_file():
         known = ", ".join(sorted(path.parent.name for path in ROOT.glob("profiles/*/config.yaml")))
@@ -89,6 +93,14 @@ def _run(options, rest):
     return subprocess.run(command, check=False).returncode
 
 
+def _folder(study):
+    """Return the absolute path of a study's folder; SegtrustError where it is none."""
+    study = Path(study).resolve()
+    if not (study / "config.yaml").is_file():
+        raise SegtrustError(f"no config.yaml in {study}; start a study with `segtrust init FOLDER`")
+    return study
+
+
 def _limits(profile):
     """Return what jobs side by side may use of this machine under the profile `local`: its memory and its GPUs."""
     if profile.name != "local":
@@ -99,6 +111,13 @@ def _limits(profile):
         listed = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, check=False).stdout.splitlines()
         limits += [f"gpu={len(listed)}"] if listed else []
     return limits
+
+
+def _layers(options, _):
+    from segtrust.layers import layers_of
+
+    print(layers_of(options.model, _folder(options.study)))
+    return 0
 
 
 def _phantom(options, _):

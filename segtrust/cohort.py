@@ -5,16 +5,17 @@ weighted sum. Names, formulas and intervals: definitions §4, §5, §8, §9; col
 """
 
 from collections import defaultdict
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pandas as pd
 import pyarrow as pa
 
 from segtrust import alarms, intervals, metrics, strata
+from segtrust.convergence import CONVERGENCE_MASKS, CONVERGENCE_MEASURES
 from segtrust.errors import Problems, SegtrustError
 from segtrust.masks import BANDS, CONDITIONAL_ON_REFERENCE, DEPENDS_ON_MODEL, MASKS
-from segtrust.measures import ENTROPY_4CLASS, MEASURES, OWN_ERRORS
+from segtrust.measures import ENTROPY_4CLASS, MEASURES, MEMBER_MEASURES, OWN_ERRORS
 from segtrust.patients import AGREEMENT_COLUMNS, CASE_COLUMNS
 from segtrust.regions import REGIONS
 from segtrust.tally import ALL, CLASS_KINDS, DETERMINISTIC, JOINT_MASKS, PROBABILITY
@@ -92,6 +93,10 @@ CASE = "case"  # aggregation of scores that belong to the case as a whole
 PAIRWISE_DICE = "pairwise_dice"
 PREDICTED_VOLUME = "predicted_volume"
 
+# measures that a scale fitted for injected dropout multiplies
+SCALED_MEASURES = ("mutual_information", "variance")
+CONVERGENCE_BINS = (15,)
+
 AGREEING = ("preprocess", "model", "voxels", "tally")
 LEAST_PASSES_FOR_VOLUMES = 19
 RESAMPLED_SCORE_BINS = 1_024
@@ -116,14 +121,22 @@ class Evaluated:
     def names(self):
         return list(self.patients["patient"])
 
+    @property
+    def measures(self):
+        """Return the measures that have rows: those of every model, and the parts of members where they exist."""
+        held = set().union(*(tally.available for tally in self.tallies))
+        return (*MEASURES, *(measure for measure in MEMBER_MEASURES if measure in held))
 
-def cohort(tallies, patients, *, model, n_resamples, failure_dice, seed, n_bins):
+
+def cohort(tallies, patients, *, model, n_resamples, failure_dice, seed, n_bins, scales=None):
     """Return the tables of one model's cohort.
 
     tallies : list of Tally, one per patient
     patients : DataFrame with a row per tally in the same order: `patient`, `subject`, `split`, and further columns
     model : name; n_resamples, seed : of the bootstrap; failure_dice : a Dice below it is a failure
     n_bins : list of numbers of bins of calibration metrics
+    scales : dict from region to the factor > 0 that mutual information and variance are also given with, as
+        `<measure>_scaled`, None for a region without one; or None
 
     Returns a dict: `metrics`, `patients`, `strata`, `curves` (pyarrow Tables) and `alarms` (list of dicts). Only
     patients of the split `test` enter; those of `calibration` set the cut-offs of strata. Their order does not
@@ -150,7 +163,7 @@ def cohort(tallies, patients, *, model, n_resamples, failure_dice, seed, n_bins)
         for band in BANDS if region != ALL else ():
             _discrimination(rows, curves, evaluated, region, band, "entropy")
         for mask in MASKS:
-            for measure in (ENTROPY_4CLASS,) if region == ALL else (*MEASURES, OWN_ERRORS):
+            for measure in (ENTROPY_4CLASS,) if region == ALL else (*evaluated.measures, OWN_ERRORS):
                 _discrimination(rows, curves, evaluated, region, mask, measure)
             for kind in (PROBABILITY, DETERMINISTIC):
                 found += _calibration(rows, curves, evaluated, region, mask, kind, n_bins, tables.get(region))
@@ -165,9 +178,11 @@ def cohort(tallies, patients, *, model, n_resamples, failure_dice, seed, n_bins)
         for key in table["scores"]:
             fitted = calibration["scores"].get(key, np.empty(0))
             stratum_rows += _triage(rows, curves, evaluated, region, table, key, fitted, failure_dice, seed)
+    if scales:
+        rows.add_scaled(scales)
     return {
-        "metrics": rows.table(),
-        "patients": _patients_table(evaluated, tables),
+        "metrics": pa.concat_tables([rows.table(), *_convergence(evaluated)]).combine_chunks(),
+        "patients": _patients_table(evaluated, tables, scales),
         "strata": pa.Table.from_pylist(_without_nan(stratum_rows), schema=STRATA_SCHEMA),
         "curves": curves.table(),
         "alarms": found + _alarms(evaluated, tables),
@@ -229,6 +244,20 @@ class _Rows:
             }
             | more
         )
+
+    def add_scaled(self, scales):
+        """Append the rows on masks of the scaled measures; scales : as of `cohort`.
+
+        A positive factor moves the mean alone: ranks and correlations stay as they are.
+        """
+        numbers = ("value", "ci_low", "ci_high", "bias")
+        for row in [row for row in self._rows if row.get("measure") in SCALED_MEASURES and row["mask"] is not None]:
+            scaled, factor = row | {"measure": f"{row['measure']}_scaled"}, scales[row["region"]]
+            if not factor:
+                scaled |= {**dict.fromkeys(numbers, np.nan), "n_cases": 0, "interval": "none: no scale could be fitted"}
+            elif row["metric"] == "mean_uncertainty":
+                scaled |= {name: factor * row[name] for name in numbers}
+            self._rows.append(scaled)
 
     def table(self):
         return pa.Table.from_pylist(_without_nan(self._rows), schema=METRICS_SCHEMA)
@@ -340,7 +369,7 @@ def _add_pooled(rows, evaluated, values, resampled, n_voxels, **keys):
 
 
 def _discrimination(rows, curves, evaluated, region, mask, measure):
-    """Add the rows and curves of one measure on one mask."""
+    """Add the rows and curves of one measure on one mask; curves : None for brief tallies."""
     keys = {"region": region, "mask": mask, "measure": measure}
     counts = [tally.scores(region, mask, measure) for tally in evaluated.tallies]
     if any(count is None for count in counts):
@@ -365,7 +394,7 @@ def _discrimination(rows, curves, evaluated, region, mask, measure):
         ("mean_uncertainty", None): metrics.mean_uncertainty(drawn_sums, drawn),
         ("pearson_with_loss", None): metrics.pearson_with_loss(drawn_sums, drawn),
     }
-    if mask in JOINT_MASKS:
+    if curves and mask in JOINT_MASKS:
         joint = [metrics.spearman_with_loss(tally.joint(region, mask, measure)) for tally in evaluated.tallies]
         per_case["spearman_with_loss", None] = np.array(joint)
     ranges = {"pearson_with_loss": (-1, 1), "spearman_with_loss": (-1, 1)}
@@ -373,7 +402,8 @@ def _discrimination(rows, curves, evaluated, region, mask, measure):
     _add_patient_means(rows, evaluated, per_case, ranges, n_voxels, **keys)
     _add_pooled(rows, evaluated, pooled, resampled, n_voxels, **keys)
     _add_certificates(rows, counts, n_voxels, **keys)
-    _ranking_curves(curves, total, keys)
+    if curves:
+        _ranking_curves(curves, total, keys)
 
 
 def _discrimination_values(sums, counts):
@@ -482,7 +512,8 @@ CALIBRATION_RANGES = {"gap": (-1, 1), "nll": (0, np.inf), "brier_skill": (-np.in
 def _calibration(rows, curves, evaluated, region, mask, kind, n_bins, table):
     """Add the rows and curves of one kind of probability on one mask; return alarms of infeasible rows.
 
-    table : as returned by `_cases`, None for `ALL`
+    curves : None for brief tallies, which cannot be recalibrated
+    table : as returned by `_cases`, None for `ALL` and for brief tallies
     """
     tallies, keys = evaluated.tallies, {"region": region, "mask": mask, "measure": kind}
     kinds = (kind,)
@@ -507,17 +538,17 @@ def _calibration(rows, curves, evaluated, region, mask, kind, n_bins, table):
         pooled |= _proper_scores(_summed(probabilities[0]))
         resampled |= _proper_scores(_resampled_sums(evaluated.draws.weights, probabilities[0]))
     _add_patient_means(rows, evaluated, per_case, CALIBRATION_RANGES, n_voxels, **keys)
-    if region != ALL:
+    if region != ALL and curves:
         fit, refits = _recalibration(evaluated.draws.weights, probabilities[0])
         pooled |= fit
         resampled |= refits
     _add_pooled(rows, evaluated, pooled, resampled, n_voxels, **keys)
-    for bins in n_bins:
+    for bins in n_bins if curves else ():
         _reliability(curves, evaluated, confidence, "confidence", bins, keys | {"curve": "reliability_top_label"})
         if region != ALL:
             curve = keys | {"curve": "reliability_class_probability"}
             _reliability(curves, evaluated, probabilities[0], "probability", bins, curve)
-    return [] if region == ALL else _feasibility(evaluated, region, mask, kind, table, per_case)
+    return [] if table is None else _feasibility(evaluated, region, mask, kind, table, per_case)
 
 
 def _feasibility(evaluated, region, mask, kind, table, per_case):
@@ -746,7 +777,7 @@ def _scores(tallies, region, table):
     worse, so this baseline is −volume.
     """
     scores = {}
-    for measure in MEASURES:
+    for measure in (*MEASURES, *MEMBER_MEASURES):
         for aggregation, (mask, form) in AGGREGATIONS.items():
             sums = [tally.score_sums(region, mask, measure) for tally in tallies]
             if not tallies or any(part is None for part in sums):
@@ -842,7 +873,7 @@ def _qu_brats(rows, curves, evaluated, region):
 def _retention(rows, curves, evaluated, region):
     """Add what it brings to replace the most uncertain voxels by the reference, for every measure."""
     keys = {"region": region, "mask": "brain"}
-    for measure in MEASURES:
+    for measure in evaluated.measures:
         counts = [tally.scores(region, "brain", measure) for tally in evaluated.tallies]
         if any(count is None for count in counts):
             _add_undefined(rows, ("retention_area", "retention_area_normalised"), measure=measure, **keys)
@@ -928,13 +959,15 @@ def _triage(rows, curves, evaluated, region, table, key, calibration, failure_di
     return [keys | row for row in strata.stratify(score, dice, absent, draws.subjects, calibration)]
 
 
-def _patients_table(evaluated, tables):
+def _patients_table(evaluated, tables, scales):
     """Return one row per patient and region, with the scores and the sheet's further columns.
+
+    scales : as of `cohort`; scores of the scaled measures come last
 
     Scores that do not exist (no deterministic pass, a single pass) are null, and keep their columns.
     """
     common = ("patient", "subject", "split")
-    keys = [(aggregation, measure) for aggregation in AGGREGATIONS for measure in MEASURES]
+    keys = [(aggregation, measure) for aggregation in AGGREGATIONS for measure in evaluated.measures]
     keys += [(CASE, PAIRWISE_DICE), (CASE, PREDICTED_VOLUME)]
     unknown = np.full(len(evaluated.tallies), np.nan)
     parts = []
@@ -946,12 +979,41 @@ def _patients_table(evaluated, tables):
         part |= {name: pa.array(table[name]) for name in ("both_empty", "missing_region")}
         for key in keys:
             part["score_{}_{}".format(*key)] = pa.array(table["scores"].get(key, unknown), from_pandas=True)
+        for key in [key for key in keys if scales and key[1] in SCALED_MEASURES]:
+            scaled = (scales[region] or np.nan) * table["scores"].get(key, unknown)
+            part["score_{}_{}_scaled".format(*key)] = pa.array(scaled, from_pandas=True)
         for name in evaluated.patients.columns:
             if name not in part:
                 part[name] = pa.array(evaluated.patients[name], from_pandas=True)
         parts.append(pa.table(part))
     whole = pa.concat_tables(parts)
     return whole.take(np.arange(len(whole)).reshape(len(parts), -1).T.ravel()).combine_chunks()
+
+
+# --- fewer passes -------------------------------------------------------------------------------------------------
+
+
+def _convergence(evaluated):
+    """Return tables of metrics after fewer passes, one per number of passes that all patients have tallies of."""
+    known = set.intersection(*(set(tally.convergence) for tally in evaluated.tallies))
+    return [_after(passes, evaluated) for passes in sorted(known)]
+
+
+def _after(passes, evaluated):
+    early = replace(evaluated, tallies=[tally.convergence[passes] for tally in evaluated.tallies], passes=passes)
+    rows = _Rows(early)
+    for place, region in enumerate(REGIONS):
+        for mask in CONVERGENCE_MASKS:
+            for measure in CONVERGENCE_MEASURES:
+                _discrimination(rows, None, early, region, mask, measure)
+            _calibration(rows, None, early, region, mask, PROBABILITY, CONVERGENCE_BINS, None)
+        found = np.array([tally.overlap[place, place] for tally in early.tallies])
+        predicted, reference = (
+            np.array([tally.counts[name][place] for tally in early.tallies]) for name in ("n_predicted", "n_reference")
+        )
+        dice = metrics.dice(found, predicted - found, reference - found)
+        _add_patient_means(rows, early, {("dice", None): dice}, {}, None, region=region)
+    return rows.table()
 
 
 # --- alarms -------------------------------------------------------------------------------------------------------

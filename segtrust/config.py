@@ -41,7 +41,11 @@ def checked_config(raw):
             given = raw["models"][name]
             config["models"][name] = {key: model[key] for key in model if key in given or key not in VIEW_KEYS}
     raise_if_any(
-        [message for name, model in config["models"].items() for message in _model_problems(name, model, config)]
+        [
+            message
+            for name, model in config["models"].items()
+            for message in _model_problems(name, model, raw["models"][name], config)
+        ]
     )
     return config
 
@@ -116,7 +120,7 @@ def _name_message(error, value):
     )
 
 
-def _model_problems(name, model, config):
+def _model_problems(name, model, raw, config):
     where = f"config.yaml: models.{name}"
     kinds = [kind for kind in KINDS if kind in model and not (kind == "checkpoint" and "bundle" in model)]
     if len(kinds) != 1:
@@ -127,10 +131,25 @@ def _model_problems(name, model, config):
         yield f"{where}: {kinds[0]} needs a network: {{name: SegResNet, …}} to go with it."
     if kinds[0] in ("bundle", "predictions") and "network" in model:
         yield f"{where}: network does not go with {kinds[0]}; remove one of them."
-    if kinds[0] == "predictions" and isinstance(model["outputs"], dict):
-        yield f"{where}: predictions hold region probabilities; outputs must list WT, TC and ET in their order."
-    source = model.get("checkpoint")
-    if isinstance(source, dict):
-        other = config["models"].get(source["model"])
-        if other is None or "train" not in other:
+    if kinds[0] == "predictions" and "stochastic" in raw:
+        yield f"{where}: stochastic does not go with predictions; each of their files is a pass."
+    if kinds[0] != "predictions" and "labels" in model.get("outputs", ()):
+        yield f"{where}: outputs {{labels: …}} are of predictions made elsewhere; a network gives regions or classes."
+    stochastic = model["stochastic"]
+    for source in [model.get("checkpoint"), *stochastic.get("ensemble", [])]:
+        other = config["models"].get(source["model"]) if isinstance(source, dict) else None
+        if isinstance(source, dict) and (other is None or "train" not in other):
             yield f"{where}: checkpoint names the model {source['model']!r}, which is not trained here."
+        elif isinstance(source, dict) and other["network"] != model.get("network", other["network"]):
+            yield f"{where}: the checkpoint of {source['model']!r} is of another network; give the same `network`."
+    several = "flips" in stochastic or "ensemble" in stochastic
+    if not stochastic["dropout"] and "inject" not in stochastic:
+        if not several and stochastic.get("passes", config["sample"]["passes"]) > 1 and kinds[0] != "predictions":
+            yield (
+                f"{where}: nothing varies between passes: dropout is off, and there is one checkpoint and no flip; "
+                "ask for one pass (stochastic: {passes: 1}), or say what varies."
+            )
+        if several and stochastic.get("passes", 1) > 1:
+            yield f"{where}: without dropout each checkpoint and flip gives one pass; remove stochastic.passes."
+    if stochastic["masks"] == "per_window" and model.get("window", "of the bundle") is None:
+        yield f"{where}: masks: per_window needs a window."

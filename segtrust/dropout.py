@@ -4,34 +4,24 @@ Every active dropout layer is replaced by a multiplication with a mask that the 
 then a plain function of (image, masks): reproducible, batchable over passes and windows, and exportable.
 """
 
-import hashlib
-import json
+import re
 from collections import defaultdict
 from copy import deepcopy
-from dataclasses import dataclass
+from math import prod
 
-import numpy as np
 import torch
 from torch import nn
 
+from segtrust.draws import Layer
 from segtrust.errors import SegtrustError
 
 KINDS = {nn.Dropout: "element", nn.Dropout1d: "channel", nn.Dropout2d: "channel", nn.Dropout3d: "channel"}
 REFUSED = (nn.AlphaDropout, nn.FeatureAlphaDropout)
-DRAWS = 2**16
-
-
-@dataclass(frozen=True)
-class Layer:
-    """An active dropout layer: its name in the network, what it drops (`channel` or `element`), its rate in (0, 1)."""
-
-    name: str
-    kind: str
-    rate: float
+_SMALL = 64**3  # voxels
 
 
 class Masked(nn.Module):
-    """Stands where a dropout layer stood: multiplies by the mask supplied for this call, or does nothing.
+    """Stands where a dropout layer stood: multiplies by what is supplied for this call, or does nothing.
 
     A layer may be called several times in one forward pass (MONAI's Swin blocks share one); each call has a mask.
     """
@@ -39,8 +29,7 @@ class Masked(nn.Module):
     def __init__(self, layer):
         super().__init__()
         self.layer = layer
-        self.scale = 1 / (1 - layer.rate)
-        self.masks = None
+        self.multipliers = None
         self.shapes = None
         self.calls = 0
 
@@ -50,9 +39,21 @@ class Masked(nn.Module):
         if self.shapes is not None:
             channel = tuple(features.shape[:2]) + (1,) * (features.dim() - 2)
             self.shapes.append(channel if self.layer.kind == "channel" else tuple(features.shape))
-        if self.masks is None:
+        if self.multipliers is None:
             return features
-        return features * (self.masks[call].to(features.dtype) * self.scale)
+        return features * self.multipliers[call].to(features.dtype)
+
+
+class Injected(nn.Module):
+    """A layer followed by dropout."""
+
+    def __init__(self, layer, dropout):
+        super().__init__()
+        self.layer = layer
+        self.injected = dropout
+
+    def forward(self, *inputs, **more):
+        return self.injected(self.layer(*inputs, **more))
 
 
 class Stochastic(nn.Module):
@@ -80,55 +81,97 @@ class Stochastic(nn.Module):
         """Stay in evaluation mode: only the supplied masks are stochastic."""
         return super().train(False)
 
-    def forward(self, image, masks=None):
+    def forward(self, image, multipliers=None):
         """Return the network's output under the given masks.
 
         image : tensor (n, channels, x, y, z)
-        masks : {layer name: list of bool tensors, one per call of the layer}, True where kept, first axis n times
-            that of `mask_shapes`; None for the deterministic pass (dropout off)
+        multipliers : {layer name: list of float tensors, one per call of the layer}, as `draws.multipliers` gives
+            them for n masks; None for the deterministic pass (dropout off)
         """
         for masked in self.masked:
             masked.calls = 0
-            masked.masks = None if masks is None else masks[masked.layer.name]
+            masked.multipliers = None if multipliers is None else multipliers[masked.layer.name]
         try:
             return self.network(image)
         finally:
             for masked in self.masked:
-                masked.masks = None
+                masked.multipliers = None
 
     def mask_shapes(self, image_shape):
         """Return {layer name: list of mask shapes, one per call} for one image of shape (channels, x, y, z).
 
-        Found by a forward pass without numbers (on PyTorch's meta device), so it costs neither time nor memory.
-        Raises SegtrustError when the network does not take images of this shape, or returns another.
+        Found by a forward pass, of large images without numbers (on PyTorch's meta device), so that it costs neither
+        time nor memory. Raises SegtrustError when the network does not take images of this shape, or returns another.
         """
-        copy = without_numbers(self)
-        for masked in copy.masked:
+        tried = on_trial(self, image_shape)
+        for masked in tried.masked:
             masked.shapes = []
         try:
-            with torch.no_grad():
-                found = logits_of(copy(torch.empty((1, *image_shape), device="meta"))).shape[2:]
-        except (RuntimeError, ValueError, AssertionError) as error:
+            found = output_sides(tried, image_shape)
+            shapes = {masked.layer.name: masked.shapes for masked in tried.masked}
+        except (RuntimeError, ValueError, AssertionError, TypeError, AttributeError) as error:
             raise SegtrustError(f"{self._refusal(image_shape)}: {error}") from error
+        finally:
+            for masked in tried.masked:
+                masked.shapes = None
         if found != image_shape[1:]:
             raise SegtrustError(f"{self._refusal(image_shape)}: it returns {_sides(found)}")
-        return {masked.layer.name: masked.shapes for masked in copy.masked}
+        return shapes
 
     def _refusal(self, image_shape):
         return f"{type(self.network).__name__} does not take images of {_sides(image_shape[1:])} voxels"
 
 
-def check_stochastic(network, passes):
-    """Raise SegtrustError when several passes are asked for and nothing in a network is stochastic."""
-    active = (
-        isinstance(module, Masked) or (isinstance(module, tuple(KINDS)) and module.p > 0)
-        for module in network.modules()
-    )
-    if passes > 1 and not any(active):
+def inject(network, after, rate, kind):
+    """Follow some layers of a network by dropout, in place (Ledda 2023); its weights are not touched.
+
+    after : list of patterns of layer names: `*` matches within one part of a name, `**` across dots, such as
+        ["down_layers.*", "up_layers.**.conv2"]
+    rate : in (0, 1); kind : "channel" or "element"
+
+    Returns the names of the layers followed. Raises SegtrustError for a pattern that matches no layer. Lists of layers
+    are no layers.
+    """
+    named = network.named_modules(remove_duplicate=False)
+    names = [name for name, layer in named if name and not isinstance(layer, nn.ModuleList | nn.ModuleDict)]
+    chosen = matching(names, after)
+    unmatched = [pattern for pattern in after if not matching(names, [pattern])]
+    if unmatched:
         raise SegtrustError(
-            f"{passes} passes were asked for, but no dropout layer with a rate above 0 is active in "
-            f"{type(network).__name__}, so all passes would be the same; give the network dropout, or ask for one pass"
+            f"no layer of {type(network).__name__} is named {', '.join(unmatched)}; `segtrust layers MODEL` lists them"
         )
+    followed = {}
+    for name in reversed(chosen):  # layers inside a layer come before it
+        parent, _, own = name.rpartition(".")
+        holder = network.get_submodule(parent)
+        layer = holder._modules[own]
+        if layer not in followed and layer not in followed.values():
+            followed[layer] = Injected(layer, nn.Dropout3d(rate) if kind == "channel" else nn.Dropout(rate))
+        holder._modules[own] = followed.get(layer, layer)
+    return chosen
+
+
+def is_injected(name):
+    """Say whether a dropout layer, given by name, was put there by `inject`."""
+    return name.rpartition(".")[2] == "injected"
+
+
+def matching(names, patterns):
+    """Return the names that one of the patterns of `inject` matches, in their order."""
+    wanted = [
+        re.compile(
+            "".join({"**": ".*", "*": "[^.]*"}.get(part, re.escape(part)) for part in re.split(r"(\*+)", pattern))
+        )
+        for pattern in patterns
+    ]
+    return [name for name in names if any(pattern.fullmatch(name) for pattern in wanted)]
+
+
+def silence(network):
+    """Switch off the dropout layers that a network has, in place."""
+    for module in network.modules():
+        if isinstance(module, (*KINDS, *REFUSED)):
+            module.p = 0.0
 
 
 def logits_of(output):
@@ -136,56 +179,28 @@ def logits_of(output):
     return output if isinstance(output, torch.Tensor) else output[0]
 
 
+def on_trial(network, image_shape):
+    """Return a network to try on images: itself for small ones, for large ones a copy on the meta device.
+
+    On the meta device only shapes are computed, but getting there takes PyTorch seconds of imports.
+    """
+    return network if prod(image_shape[1:]) <= _SMALL else without_numbers(network)
+
+
+def output_sides(network, image_shape):
+    """Return the sides (x, y, z) of what a network returns for an image of shape (channels, x, y, z)."""
+    device = next((parameter.device for parameter in network.parameters()), "cpu")
+    with torch.no_grad():
+        return logits_of(network(torch.zeros((1, *image_shape), device=device))).shape[2:]
+
+
 def without_numbers(network):
     """Return a copy of a network on PyTorch's meta device, whose forward passes compute shapes only."""
     return deepcopy(network).to("meta")
 
 
-def draw_masks(layers, shapes, seed, case, source, pass_index):
-    """Return the masks of one pass, {layer name: list of bool tensors on the CPU}, True where kept.
-
-    Counter-based: the random numbers of a layer come from Philox with a key that is the SHA-256 of (seed, case,
-    source, pass, layer name). They depend on nothing else, and are the same on every device. An element is
-    dropped with the layer's rate, rounded to 1/65,536.
-
-    layers : list of Layer
-    shapes : {layer name: list of shapes}, from `Stochastic.mask_shapes`
-    seed : int; case : patient; source : name of the member and flip; pass_index : int from 0
-    """
-    return {
-        layer.name: [
-            torch.from_numpy(draw >= round(layer.rate * DRAWS))
-            for draw in _draws(shapes[layer.name], [seed, case, source, pass_index, layer.name])
-        ]
-        for layer in layers
-    }
-
-
-def stack_masks(masks, device):
-    """Return the masks of several passes as one batch on a device.
-
-    masks : list over passes of what `draw_masks` returns
-    """
-    return {
-        name: [
-            torch.cat([one_pass[name][call] for one_pass in masks]).to(device) for call in range(len(masks[0][name]))
-        ]
-        for name in masks[0]
-    }
-
-
 def _sides(shape):
     return "×".join(str(side) for side in shape)
-
-
-def _draws(shapes, key):
-    """Yield uniform uint16 arrays of the given shapes, from one stream."""
-    digest = hashlib.sha256(json.dumps(key).encode()).digest()
-    philox = np.random.Philox(key=np.frombuffer(digest[:16], dtype="<u8").astype(np.uint64))
-    for shape in shapes:
-        n_values = int(np.prod(shape))
-        words = philox.random_raw(-(-n_values // 4)).astype("<u8", copy=False)
-        yield words.view("<u2")[:n_values].reshape(shape)
 
 
 def _replace(network):

@@ -23,6 +23,8 @@ REGION_MARKERS = dict(zip(REGIONS, ("o", "s", "^"), strict=True))
 # below this entropy (bits) an overlay is transparent, so that the scan stays visible; the colour bar begins here
 ENTROPY_SHOWN_FROM = 0.05
 
+# an axis shows at least this much of [0, 1]: a smaller change over passes means nothing
+LEAST_SPAN = 0.05
 
 # paper and ink of a chart, and what takes their place on a dark page; no other part of a chart has these colours
 PAPER, INK, MUTED, GRID = "#ffffff", "#1b1f24", "#5b6470", "#e1e5ea"
@@ -188,6 +190,65 @@ def _spread(values):
     golden = 0.6180339887498949
     order = np.argsort(np.argsort(values, kind="stable"), kind="stable")
     return ((order * golden + 0.5) % 1 - 0.5) * 0.56
+
+
+def convergence(points, title, mask, from_zero):
+    """Draw a metric against the number of passes, with intervals.
+
+    points : dict from region to a table with `passes` (ascending), `value`, `low`, `high` (NaN where there is none)
+    title : of the metric
+    mask : the voxels that count
+    from_zero : whether the axis begins at 0, as for an error
+    """
+    with mpl.rc_context(_STYLE):
+        figure = _figure((3.5, 2.9), left=0.19, right=0.965, bottom=0.165, top=0.81)
+        axes = figure.subplots()
+        _dress(axes)
+        passes = np.unique(np.concatenate([table["passes"] for table in points.values()]))
+        ratios = passes[1:] / passes[:-1]
+        # intervals of regions stand beside each other, well within the distance of two numbers of passes
+        step = min(1.05, ratios.min() ** 0.25)
+        for place, (region, table) in enumerate(points.items()):
+            x = table["passes"].to_numpy(float) * step ** (place - (len(points) - 1) / 2)
+            y, low, high = (table[name].to_numpy(float) for name in ("value", "low", "high"))
+            colour = REGION_COLOURS[region]
+            axes.vlines(x, low, high, color=colour, linewidth=1.1, alpha=0.7)
+            look = {"marker": REGION_MARKERS[region], "markersize": 4.5, "linewidth": 1.4}
+            axes.plot(x, y, color=colour, label=region, clip_on=False, zorder=3, **look)
+        axes.set_xscale("log")
+        # a label so close to the next that the two would touch is left out
+        apart = np.append(ratios > 1.15, True)
+        axes.set_xticks(passes, np.where(apart, passes.astype(int).astype(str), ""))
+        axes.xaxis.set_minor_locator(NullLocator())
+        axes.set_xlim(passes[0] / 1.2, passes[-1] * 1.2)
+        axes.set_ylim(*_limits(points.values(), from_zero))
+        axes.set_xlabel("passes")
+        axes.set_ylabel(f"on {mask}")
+        axes.yaxis.set_label_coords(-0.15, 0.5)
+        axes.set_title(title, loc="left", color=INK, fontweight="bold", fontsize=10, pad=22)
+        axes.legend(
+            loc="lower left",
+            bbox_to_anchor=(-0.01, 1.0),
+            ncols=3,
+            frameon=False,
+            fontsize=8,
+            labelcolor=INK,
+            handlelength=1.8,
+            columnspacing=1.4,
+            borderaxespad=0.2,
+        )
+    return figure
+
+
+def _limits(tables, from_zero):
+    """Return the ends of an axis that holds values and intervals in [0, 1], and does not blow up small differences."""
+    held = np.concatenate([table[["value", "low", "high"]].to_numpy(float).ravel() for table in tables])
+    low, high = (0, np.nanmax(held)) if from_zero else (np.nanmin(held), np.nanmax(held))
+    span = max(high - low, LEAST_SPAN)
+    middle = (low + high) / 2
+    low, high = (0, 1.08 * span) if from_zero else (middle - 0.58 * span, middle + 0.58 * span)
+    beyond = max(high - 1, 0)
+    return max(low - beyond, 0), high - beyond
 
 
 def scan_panel(scan, segmentation, reference, spacing_mm, title):

@@ -40,6 +40,11 @@ def job(snakemake, stage):
     print(f"{stage}: done in {time.monotonic() - started:.1f} s", flush=True)
 
 
+def log_line(message):
+    """Print a line at once, so that a log can be followed."""
+    print(message, flush=True)
+
+
 def _take_over_output(path):
     shown = os.dup(2)
     sys.stdout.flush()

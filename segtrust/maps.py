@@ -64,7 +64,7 @@ def write_maps(paths, moments, passes, coding, provenance):
     """Write maps of moments as NIfTI on the patient's own grid, each with its provenance as JSON beside it.
 
     paths : dict from the name of a map to its path (….nii.gz)
-    passes : T, the number of passes to use
+    passes : the number of passes of each source to use
 
     A map that is undefined is NaN everywhere.
     """
@@ -75,7 +75,7 @@ def write_maps(paths, moments, passes, coding, provenance):
         if volume is None:
             own.fill(np.nan)
         write_volume(path, own, moments.geometry, f"segtrust: {_UNITS[name]}")
-        write_json(sidecar(path), {"map": name, "meaning": _UNITS[name], "passes": passes, **provenance})
+        write_json(sidecar(path), {"map": name, "meaning": _UNITS[name], "passes": summary.passes, **provenance})
 
 
 def map_paths(paths, patient):

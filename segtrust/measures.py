@@ -14,6 +14,12 @@ MEASURES = (
     "deterministic_entropy",
     "boundary_proximity",
 )
+# the two parts of mutual_information, where passes come from several members and these have several passes each:
+# entropy − member_entropy and member_entropy − expected_entropy, member_entropy being the mean over members of the
+# entropy of a member's own mean; absent, and not null, for any other model
+BETWEEN_MEMBERS = "mutual_information_between_members"
+WITHIN_MEMBERS = "mutual_information_within_members"
+MEMBER_MEASURES = (BETWEEN_MEMBERS, WITHIN_MEMBERS)
 # the same score, against the errors of the deterministic pass itself
 OWN_ERRORS = "deterministic_entropy_own"
 ENTROPY_4CLASS = "entropy_4class"

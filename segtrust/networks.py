@@ -11,9 +11,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
 
-from segtrust.dropout import logits_of, without_numbers
+from segtrust.dropout import Stochastic, inject, on_trial, output_sides, silence
 from segtrust.errors import SegtrustError
-from segtrust.regions import REGIONS
 
 # what the stock networks fill in; every argument can be given otherwise
 STOCK = {
@@ -75,7 +74,46 @@ def build(network, seed):
         try:
             return available[name](**arguments)
         except Exception as error:
-            raise SegtrustError(f"network {name} refuses its arguments {arguments}: {error}") from error
+            reason = str(error).splitlines()[0]  # MONAI's of a missing library goes on with a traceback
+            raise SegtrustError(f"network {name} refuses its arguments {arguments}: {reason}") from error
+
+
+def read_network(checkpoint, settings, rate):
+    """Return the Stochastic of a model's network with its weights.
+
+    checkpoint : path of the weights
+    settings : dict with `network`, see `build`, and `stochastic`: `dropout`, whether the network's own dropout layers
+        are active, and `inject`, None or a dict with `after` and `kind`, see `dropout.inject`
+    rate : of injected dropout; None without
+    """
+    network = build(settings["network"], seed=0)
+    load_weights(network, load_checkpoint(checkpoint), checkpoint)
+    return Stochastic(with_dropout(network, settings["stochastic"], rate))
+
+
+def with_dropout(network, stochastic, rate):
+    """Return a network with the dropout layers that are asked for, changed in place; arguments as `read_network`."""
+    if not stochastic["dropout"]:
+        silence(network)
+    if stochastic["inject"] is not None:
+        inject(network, stochastic["inject"]["after"], rate, stochastic["inject"]["kind"])
+    return network
+
+
+def check_sampling(network, *, dropout, inject=None, **_):
+    """Raise SegtrustError where passes with dropout are asked of a network that has none: before hours of training.
+
+    network : as for `build`; dropout, inject and further keys : of the model's `stochastic` in the config
+    """
+    if dropout or inject:
+        rate = inject and (inject["rate"] if inject["rate"] != "auto" else 0.5)
+        built = with_dropout(build(network, seed=0), {"dropout": dropout, "inject": inject}, rate)
+        if not Stochastic(built).layers:
+            raise SegtrustError(
+                f"no dropout layer with a rate above 0 is active in {type(built).__name__}, so all passes would be the "
+                "same; give it dropout, inject some (stochastic: inject), or switch it off (stochastic: {dropout: "
+                "false})"
+            )
 
 
 def load_checkpoint(path):
@@ -148,39 +186,26 @@ def load_weights(network, state, path):
     network.load_state_dict(state)
 
 
-def region_probability(logits, outputs):
-    """Return probabilities of WT, TC, ET, a float32 tensor (n, 3, …), from a network's logits (n, channels, …).
-
-    outputs : list of the three regions in the network's order (a sigmoid each), or {"softmax": list of the four
-        classes in the network's order}: P(WT) = P(NCR) + P(ED) + P(ET), P(TC) = P(NCR) + P(ET), P(ET)
-        (definitions, section 1)
-    """
-    logits = logits.float()
-    if not isinstance(outputs, dict):
-        return torch.sigmoid(logits[:, [outputs.index(region) for region in REGIONS]])
-    probability = torch.softmax(logits, dim=1)
-    order = outputs["softmax"]
-    necrotic, oedema, enhancing = (probability[:, order.index(name)] for name in ("NCR", "ED", "ET"))
-    core = necrotic + enhancing
-    return torch.stack([core + oedema, core, enhancing], dim=1).clamp_(max=1)
-
-
 def divisor(network, in_channels):
     """Return the smallest power of two that the sides of the network's input must be multiples of.
 
-    Found by forward passes without numbers, on cubes whose sides have no larger power of two as a factor. Raises
-    SegtrustError when none up to 64 fits (as for networks with a fixed image size, which need a window).
+    Found by forward passes on cubes whose sides have no larger power of two as a factor. Raises SegtrustError when none
+    up to 64 fits (as for networks with a fixed image size, which need a window).
     """
-    copy = without_numbers(network).eval()
-    for candidate in (1, 2, 4, 8, 16, 32, 64):
-        side = candidate * max(3, 32 // candidate + 1 - 32 // candidate % 2)
-        try:
-            with torch.no_grad():
-                output = logits_of(copy(torch.empty((1, in_channels, side, side, side), device="meta")))
-        except (RuntimeError, ValueError, AssertionError, IndexError):
-            continue
-        if output.shape[2:] == (side, side, side):
-            return candidate
+    training = network.training
+    network.eval()
+    try:
+        for candidate in (1, 2, 4, 8, 16, 32, 64):
+            side = candidate * max(3, 32 // candidate + 1 - 32 // candidate % 2)
+            shape = (in_channels, side, side, side)
+            try:
+                found = output_sides(on_trial(network, shape), shape)
+            except (RuntimeError, ValueError, AssertionError, IndexError):
+                continue
+            if found == shape[1:]:
+                return candidate
+    finally:
+        network.train(training)
     raise SegtrustError(
         f"{type(network).__name__} accepts no cube whose side is an odd multiple of 1, 2, 4, … or 64 voxels; "
         "if it was built for one image size, give that size as `window`"

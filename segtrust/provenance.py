@@ -11,7 +11,7 @@ import segtrust
 from segtrust.files import canonical_json
 
 PACKAGE = Path(segtrust.__file__).resolve().parent
-LIBRARIES = ("torch", "monai", "numpy", "scipy", "nibabel", "pyarrow", "pandas", "snakemake")
+LIBRARIES = ("torch", "monai", "openvino", "numpy", "scipy", "nibabel", "pyarrow", "pandas", "snakemake")
 
 
 def file_digest(path):

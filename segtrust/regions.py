@@ -22,6 +22,9 @@ CODINGS = {
 
 CAVITY_CODES = {"brats2024": 4}
 
+# a probability map taken for labels has millions of codes
+N_LISTED = 10
+
 _WRITTEN_CODES = {
     "brats2021": (0, 1, 2, 4),
     "brats2023": (0, 1, 2, 3),
@@ -30,29 +33,28 @@ _WRITTEN_CODES = {
 }
 
 
-def canonical_labels(codes, coding, patient, path):
+def canonical_labels(codes, coding, patient, path, *, name="seg", setting="the column `coding` of the sheet"):
     """Translate the codes of a label file into canonical labels.
 
     codes : array of any shape and number type, as stored in the file
     coding : a key of `CODINGS`
-    patient, path : for the message only
+    patient, path, name, setting : for the message only; what the file is, and where its coding is set
 
     Returns a uint8 array of the same shape. Raises PatientError for codes the coding does not know (naming
-    each with its voxel count) and for values that are no whole numbers.
+    each of the first `N_LISTED` with its voxel count) and for values that are no whole numbers.
     """
     known = CODINGS[coding]
     codes = np.asarray(codes)
     found, counts = np.unique(codes, return_counts=True)
-    unknown = [
-        f"code {value:g} ({count:,} voxels)"
-        for value, count in zip(found, counts, strict=True)
-        if not np.isfinite(value) or value not in known
-    ]
-    if unknown:
+    unknown = ~np.isin(found, list(known))
+    if unknown.any():
+        listed = zip(found[unknown][:N_LISTED], counts[unknown][:N_LISTED], strict=True)
+        told = ", ".join(f"code {value:g} ({count:,} voxels)" for value, count in listed)
+        more = f" and {unknown.sum() - N_LISTED:,} more" if unknown.sum() > N_LISTED else ""
         expected = ", ".join(str(code) for code in known)
         raise PatientError(
-            f"{patient}: seg has {', '.join(unknown)}, unknown in coding {coding} ({expected}); "
-            f"{_coding_hint(found, coding)} File: {path}"
+            f"{patient}: {name} has {told}{more}, unknown in coding {coding} ({expected}); "
+            f"{_coding_hint(found, coding, setting)} File: {path}"
         )
     labels = np.zeros(codes.shape, np.uint8)
     for code, label in known.items():
@@ -61,14 +63,14 @@ def canonical_labels(codes, coding, patient, path):
     return labels
 
 
-def _coding_hint(found, coding):
+def _coding_hint(found, coding, setting):
     fitting = [
         name
         for name, known in CODINGS.items()
         if name != coding and all(np.isfinite(value) and value in known for value in found)
     ]
     if fitting:
-        return f"is this coding: {' or '.join(fitting)}? Set it in the column `coding` of the sheet."
+        return f"is this coding: {' or '.join(fitting)}? Set it in {setting}."
     return "no known coding has all of these codes; check the file."
 
 
@@ -82,6 +84,20 @@ def region_masks(labels):
     enhancing = labels == ET
     core = enhancing | (labels == NCR)
     return np.stack([core | (labels == ED), core, enhancing])
+
+
+def class_regions(distribution, order):
+    """Return probabilities of WT, TC, ET from probabilities of the four classes.
+
+    distribution : float array (4, …), values in [0, 1] that sum to one along the first axis
+    order : the names of `CLASSES` in the order of the first axis
+
+    Returns an array (3, …) of the same type (definitions, section 1): P(WT) = P(NCR) + P(ED) + P(ET),
+    P(TC) = P(NCR) + P(ET), P(ET), at most 1, which rounding of the sums may exceed.
+    """
+    necrotic, oedema, enhancing = (distribution[order.index(name)] for name in ("NCR", "ED", "ET"))
+    core = necrotic + enhancing
+    return np.minimum(np.stack([core + oedema, core, enhancing]), 1)
 
 
 def overlay(membership):

@@ -18,6 +18,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from segtrust import figures
 from segtrust.errors import SegtrustError, raise_if_any
 from segtrust.files import read_json, read_parquet, replacing, write_csv
+from segtrust.measures import BETWEEN_MEMBERS, WITHIN_MEMBERS
 from segtrust.preprocess import MODALITIES, read_preprocessed
 from segtrust.regions import REGIONS, region_masks
 from segtrust.volumes import read_reference
@@ -59,6 +60,9 @@ class Line:
         pooling = {"pooled": "pooled over patients", "patient_mean": "mean over patients"}[self.pooling]
         return f"{self.mask}, {pooling}" if self.mask else pooling
 
+
+# shown where passes come from several members
+PARTS_OF_ENTROPY = "Where does the entropy come from?"
 
 MAIN_TABLE = {
     "Segmentation": (
@@ -112,6 +116,35 @@ MAIN_TABLE = {
         Line("entropy_brain", "Mean entropy, bits", "mean_uncertainty", "pooled", "entropy", "brain"),
         Line("entropy_brain_nats", "Mean entropy, nats", "mean_uncertainty", "pooled", "entropy", "brain", form="nats"),
     ),
+    PARTS_OF_ENTROPY: (
+        Line(
+            "expected_entropy",
+            "Single passes are unsure, bits",
+            "mean_uncertainty",
+            "pooled",
+            "expected_entropy",
+            "predicted_5mm",
+            hint="expected_entropy; the three parts add up to the mean entropy of this mask",
+        ),
+        Line(
+            "within_members",
+            "Passes of one member differ, bits",
+            "mean_uncertainty",
+            "pooled",
+            WITHIN_MEMBERS,
+            "predicted_5mm",
+            hint="mutual information within members",
+        ),
+        Line(
+            "between_members",
+            "Members differ, bits",
+            "mean_uncertainty",
+            "pooled",
+            BETWEEN_MEMBERS,
+            "predicted_5mm",
+            hint="mutual information between members",
+        ),
+    ),
     "Is confidence calibrated?": (
         *(
             Line(
@@ -138,6 +171,10 @@ MAIN_TABLE = {
         ),
     ),
 }
+
+
+# lines of the main table that are also drawn against the number of passes
+CONVERGING = ("auroc", "ece_top_label", "ece_class_probability")
 
 
 @dataclass(frozen=True)
@@ -200,7 +237,7 @@ class ModelFiles:
         return self.metrics is not None
 
 
-def report(models, results, folder, settings, sheet, excluded=None):
+def report(models, results, folder, settings, sheet, excluded=None, sources=None):
     """Write `index.html`, `figures/` and `tables/` into a folder.
 
     models : names, in the order they are shown
@@ -210,6 +247,7 @@ def report(models, results, folder, settings, sheet, excluded=None):
         `segtrust.preprocess.MODALITIES`) and `n_bins` (bins of the calibration rows and diagrams that are shown)
     sheet : list of `segtrust.patients.Patient`, whose `seg` is the path as the working folder sees it
     excluded : dict from patient to the reason why the run left it out, also of patients that are not in `sheet`
+    sources : dict from model to a sentence that says where its passes come from
 
     Raises SegtrustError for model names that cannot be folder names, for a model without any result, and when a
     number of the main table is given by more than one row.
@@ -234,7 +272,10 @@ def report(models, results, folder, settings, sheet, excluded=None):
     failures = {name: found for name, found in read_failures(results).items() if name in people}
     reasons = {name: "failed in " + "; ".join(found) for name, found in failures.items()}
     reasons |= excluded or {}
-    sections = [_section(run, results, folder, settings, sheet, reasons) for run in runs]
+    said = sources or {}
+    sections = [
+        {**_section(run, results, folder, settings, sheet, reasons), "sources": said.get(run.name)} for run in runs
+    ]
     page = (
         _environment()
         .get_template("index.html")
@@ -286,7 +327,9 @@ def _section(run, results, folder, settings, sheet, reasons):
         section["reliability"] = _write_reliability(run, folder, settings["n_bins"])
         section["strata"] = _write_strata(run, folder, groups)
         section["cutoff_source"] = cutoff_source(run.strata)
-        section["tables"] = _write_tables(run, folder, table)
+        points = convergence_points(run.metrics, settings["n_bins"])
+        section["convergence"] = _write_convergence(run, folder, points)
+        section["tables"] = _write_tables(run, folder, table, points)
     section["slices"] = _write_slices(run, results, folder, settings, sheet)
     return section
 
@@ -386,14 +429,15 @@ def _plain(value):
     return None if pd.isna(value) else value.item() if hasattr(value, "item") else value
 
 
-def find_row(metrics, line, region, n_bins):
+def find_row(metrics, line, region, n_bins, passes=None):
     """Return the one row of `metrics` (as a dict) that a line of the main table shows, or None.
 
-    The row is the default configuration's: no group, no second model, all passes, no recalibration, no aggregation.
-    Raises SegtrustError when several rows fit, because then the number is not defined.
+    The row is the default configuration's: no group, no second model, no recalibration, no aggregation, and all passes
+    where no smaller number of passes is given. Raises SegtrustError when several rows fit, because then the number is
+    not defined.
     """
     wanted = (metrics["region"] == region) & (metrics["metric"] == line.metric) & (metrics["pooling"] == line.pooling)
-    wanted &= metrics["passes"].isna() | (metrics["passes"] == metrics["passes"].max())
+    wanted &= metrics["passes"].isna() | (metrics["passes"] == (passes or metrics["passes"].max()))
     wanted &= metrics["recalibration"].isna() | (metrics["recalibration"] == "none")
     for column, value in (("measure", line.measure), ("mask", line.mask)):
         wanted &= metrics[column].isna() if value is None else metrics[column] == value
@@ -445,11 +489,13 @@ def _why_no_interval(row):
 
 def main_table(metrics, n_bins):
     """Return {heading: [(Line, [Cell per region])]}: the table a paper would print."""
+    has_parts = (metrics["measure"] == BETWEEN_MEMBERS).any()
     return {
         heading: [
             (line, [cell(find_row(metrics, line, region, n_bins), line.form) for region in REGIONS]) for line in lines
         ]
         for heading, lines in MAIN_TABLE.items()
+        if has_parts or heading != PARTS_OF_ENTROPY
     }
 
 
@@ -688,6 +734,43 @@ def reliability_points(curves, kind, region, mask, n_bins):
     return tuple(rows[column].to_numpy(float) for column in ("x", "y", "low", "high", "n"))
 
 
+def convergence_points(metrics, n_bins):
+    """Return a line of the main table at every number of passes, a DataFrame with a row per number that exists.
+
+    Columns are `quantity` (one of `CONVERGING`), `region`, `passes`, `value`, `low`, `high`. Quantities that are known
+    for all passes alone are left out.
+    """
+    lines = {line.key: line for lines in MAIN_TABLE.values() for line in lines}
+    points = []
+    for key in CONVERGING:
+        rows = [
+            {"quantity": key, "region": region, **row}
+            for region in REGIONS
+            for passes in sorted(metrics["passes"].dropna().unique())
+            if (row := find_row(metrics, lines[key], region, n_bins, passes)) and row["value"] is not None
+        ]
+        points += rows if len({row["passes"] for row in rows}) > 1 else []
+    columns = ["quantity", "region", "passes", "value", "ci_low", "ci_high"]
+    table = pd.DataFrame(points, columns=columns).rename(columns={"ci_low": "low", "ci_high": "high"})
+    return table.astype(dict.fromkeys(("value", "low", "high"), float))
+
+
+def _write_convergence(run, folder, points):
+    lines = {line.key: line for lines in MAIN_TABLE.values() for line in lines}
+    drawn = []
+    for key, table in points.groupby("quantity", sort=False):
+        line, name = lines[key], f"{run.name}_convergence_{key}"
+        by_region = dict(list(table.groupby("region", sort=False)))
+        figure = figures.convergence(by_region, line.label, line.mask, from_zero=line.binned)
+        figures.save_chart(figure, folder / "figures", name)
+        alt = "; ".join(
+            f"{region}: " + ", ".join(f"{number(row.value)} after {row.passes}" for row in part.itertuples())
+            for region, part in by_region.items()
+        )
+        drawn.append({"path": f"figures/{name}", "label": line.label, "mask": line.mask, "alt": alt})
+    return drawn
+
+
 def _write_strata(run, folder, groups):
     drawn = []
     for region in REGIONS:
@@ -709,7 +792,7 @@ def _finite(value):
     return value if math.isfinite(value) else None
 
 
-def _write_tables(run, folder, table):
+def _write_tables(run, folder, table, points):
     lines = [
         {
             "model": run.name,
@@ -731,6 +814,8 @@ def _write_tables(run, folder, table):
     ]
     curves = run.curves[run.curves["curve"].isin([f"reliability_{kind}" for kind in KINDS])]
     tables = {"main": pd.DataFrame(lines), "reliability": curves, "strata": run.strata, "patients": run.patients}
+    if len(points):
+        tables["convergence"] = points
     written = []
     for name, frame in tables.items():
         path = f"tables/{run.name}_{name}.csv"

@@ -6,22 +6,21 @@ the weights, the sampling settings, the seed, the patient, the source and its nu
 
 import time
 
-import torch
+import numpy as np
 
-from segtrust.dropout import Stochastic, check_stochastic, draw_masks, logits_of, stack_masks
-from segtrust.moments import Accumulator
-from segtrust.networks import arithmetic, divisor, region_probability, torch_device
+from segtrust.draws import draw_masks, multipliers
+from segtrust.errors import SegtrustError
+from segtrust.jobs import log_line
+from segtrust.moments import Accumulator, TensorAccumulator
+from segtrust.outputs import region_probability
 from segtrust.windows import slide, view
 
-
-def log_line(message):
-    """Print a line at once, so that a log can be followed."""
-    print(message, flush=True)
+MASKS = ("independent", "balanced", "per_window")
 
 
 def sample(
     scan,
-    network,
+    backend,
     *,
     passes,
     patient,
@@ -33,83 +32,117 @@ def sample(
     window,
     overlap,
     orientation,
-    flip,
-    precision,
-    device,
+    masks,
     batch,
     log=log_line,
 ):
-    """Return the Moments of some passes of one patient; with pass 0 comes the deterministic pass.
+    """Return the Moments of some passes of one patient from one source; with pass 0 may come the deterministic pass.
 
     scan : Preprocessed
-    network : module with its weights, as `networks.build` and `load_weights` give it, or a Stochastic of it, which it
-        becomes
+    backend : what computes the network, see `segtrust.backends`
     passes : range of pass numbers
-    patient, seed, source : what the masks are drawn from (besides pass and layer); source names member and flip
-    channels, outputs, crop, orientation, flip : how the model sees a scan and what it returns, see
-        `windows.view` and `networks.region_probability`
+    patient, seed, source : what the masks are drawn from (besides pass and layer); source is a `sources.Source`
+    channels, outputs, crop, orientation : how the model sees a scan and what it returns, see `windows.view` and
+        `outputs.region_probability`
     window, overlap : see `windows.slide`
-    precision : "float32" (no TF32) or "bfloat16" (autocast)
-    device : "auto", "cuda" or "cpu"
-    batch : passes computed together. Every batch is filled up, so that the same passes give the same bits however
-        they are split over jobs. On a CPU two or more are several times faster than one on small volumes, where
-        PyTorch computes single images without oneDNN
+    masks : "independent"; "balanced", see `draws.draw_masks`; or "per_window", which draws masks for every sliding
+        window by itself, as naive loops do: for comparison, because it blends networks where windows overlap
+    batch : passes and windows computed together, or "auto". On a CPU every batch is filled up, so that the same passes
+        give the same bits however they are split over jobs. A batch that does not fit a GPU's memory is halved
     log : function that takes a line of text
 
-    Memory does not depend on the number of passes. Raises SegtrustError when several passes are asked for and
-    nothing in the network is stochastic, when there is no GPU for `cuda`, and when the network does not take the
-    window.
+    Memory does not depend on the number of passes. Raises SegtrustError when several passes are asked for and no
+    dropout layer is active, and when the network does not take the window.
     """
-    stochastic = network if isinstance(network, Stochastic) else Stochastic(network)
-    check_stochastic(stochastic.network, passes.stop)
-    place = torch_device(device)
+    if passes.stop > 1 and not backend.layers:
+        raise SegtrustError(
+            f"{passes.stop} passes were asked for, but no dropout layer with a rate above 0 is active in the network, "
+            "so all passes would be the same; give it dropout (stochastic: inject), or switch it off (stochastic: "
+            "{dropout: false}), which makes one pass"
+        )
     seen = view(
         scan,
         channels=channels,
         crop=crop,
-        divisor=1 if window else divisor(stochastic, len(channels)),
+        divisor=1 if window else backend.divisor(len(channels)),
         orientation=orientation,
-        flip=flip,
+        flip=source.flip,
     )
-    stochastic.to(place, memory_format=torch.channels_last_3d)
-    image = torch.from_numpy(seen.image)[None].to(place)
-    shapes = stochastic.mask_shapes((len(channels), *(window or image.shape[2:])))
-    accumulator = Accumulator(seen.shape)
-    size = "×".join(str(side) for side in image.shape[2:])
-    log(f"{patient}: {source}, passes {passes.start}–{passes.stop - 1} on {size} voxels, {place.type} {precision}")
-    with torch.inference_mode(), arithmetic(place, precision):
-        if passes.start == 0:
-            began = time.perf_counter()
-            logits = predict(stochastic, image, None, window, overlap)
-            accumulator.set_deterministic(seen.back(region_probability(logits, outputs)[0].cpu().numpy()))
-            log(f"{patient}: deterministic pass, {time.perf_counter() - began:.1f} s")
-        for first in range(passes.start, passes.stop, batch):
-            began = time.perf_counter()
-            numbers = list(range(first, min(first + batch, passes.stop)))
-            drawn = [draw_masks(stochastic.layers, shapes, seed, patient, source, number) for number in numbers]
-            filled = drawn + drawn[-1:] * (batch - len(numbers))
-            logits = predict(stochastic, image, filled, window, overlap)
-            for number, one_pass in zip(numbers, logits.split(1), strict=False):
-                probability = region_probability(one_pass, outputs)[0].cpu().numpy()
-                accumulator.add(number, seen.back(probability))
-            seconds = (time.perf_counter() - began) / len(numbers)
-            log(f"{patient}: pass {numbers[-1]} of {passes.start}–{passes.stop - 1}, {seconds:.1f} s per pass")
-    return accumulator.moments(seen.start, scan.geometry)
+    shapes = backend.mask_shapes((len(channels), *(window or seen.image.shape[1:])))
+    image = backend.to_device(seen.image)
+    drawing = {"seed": seed, "case": patient, "source": source.name, "balanced": masks == "balanced"}
+    summing = Accumulator if backend.device == "cpu" else TensorAccumulator
+    accumulator = summing(seen.image.shape[1:], source.name, seen.inside)
+    size = "×".join(str(side) for side in seen.image.shape[1:])
+    log(
+        f"{patient}: {source.name}, passes {passes.start}–{passes.stop - 1} on {size} voxels, "
+        f"{backend.device} {backend.precision}, {backend.name}"
+    )
+
+    def logits_of(numbers, at_once):
+        if numbers is None:
+            return predict_passes(backend, image, None, window, overlap, at_once)
+
+        def draw(of_window):
+            masks_of = {
+                number: draw_masks(backend.layers, shapes, pass_index=number, window=of_window, **drawing)
+                for number in set(numbers)
+            }
+            return [masks_of[number] for number in numbers]
+
+        shared = None if masks == "per_window" else draw(None)
+        return predict_passes(backend, image, lambda number: shared or draw(number), window, overlap, at_once)
+
+    if passes.start == 0 and source.has_deterministic:
+        began = time.perf_counter()
+        accumulator.set_deterministic(region_probability(logits_of(None, 1), outputs)[0])
+        log(f"{patient}: deterministic pass, {time.perf_counter() - began:.1f} s")
+    if batch == "auto":
+        batch = backend.batch(lambda: logits_of(None, 1), int(np.prod(seen.image.shape[1:])))
+    first = passes.start
+    while first < passes.stop:
+        began = time.perf_counter()
+        numbers = list(range(first, min(first + batch, passes.stop)))
+        n_filled = batch if backend.device == "cpu" else len(numbers)
+        computed = numbers + numbers[-1:] * (n_filled - len(numbers))
+        try:
+            logits = logits_of(computed, max(batch // n_filled, 1))
+        except backend.out_of_memory:
+            if batch == 1:
+                raise
+            batch //= 2
+            backend.after_out_of_memory()
+            log(f"{patient}: out of memory; going on with batches of {batch}")
+            continue
+        for position, number in enumerate(numbers):
+            accumulator.add(number, region_probability(logits[position : position + 1], outputs)[0])
+        first += len(numbers)
+        seconds = (time.perf_counter() - began) / len(numbers)
+        log(f"{patient}: pass {numbers[-1]} of {passes.start}–{passes.stop - 1}, {seconds:.1f} s per pass")
+    return accumulator.moments(seen.start, scan.geometry, seen.back)
 
 
-def predict(stochastic, image, masks, window, overlap):
-    """Return logits (passes, channels, x, y, z) of one image under the masks of several passes.
+def predict_passes(backend, image, drawn, window, overlap, at_once):
+    """Return logits (passes, outputs, x, y, z) of one image.
 
-    image : tensor (1, channels, x, y, z)
-    masks : list over passes of what `draw_masks` returns, the same for all windows; None for the deterministic pass
+    image : (channels, x, y, z), as `backend.to_device` gives it
+    drawn : function from the number of a window to a list over passes of what `draws.draw_masks` returns; None for the
+        deterministic pass
+    at_once : windows predicted together
     """
-    n_passes = 1 if masks is None else len(masks)
-    stacked = None if masks is None else stack_masks(masks, image.device)
 
-    def network_of_passes(part):
-        repeated = part.expand(n_passes, *part.shape[1:]).contiguous(memory_format=torch.channels_last_3d)
-        logits = logits_of(stochastic(repeated, stacked)).float()
-        return logits.reshape(1, -1, *logits.shape[2:])
+    def predict(windows, first):
+        if drawn is None:
+            return backend.predict(windows, None)[:, None]
+        masks = [drawn(first + index) for index in range(len(windows))]
+        n_passes = len(masks[0])
+        held = multipliers(backend.layers, [mask for of_window in masks for mask in of_window])
+        logits = backend.predict(_repeated(windows, n_passes), held)
+        return logits.reshape(len(windows), n_passes, *logits.shape[1:])
 
-    logits = slide(image, network_of_passes, window, overlap)
-    return logits.reshape(n_passes, -1, *logits.shape[2:])
+    return slide(image, predict, window, overlap, at_once)
+
+
+def _repeated(images, times):
+    """Return every image several times in a row, as an array or a tensor like the given one."""
+    return images.repeat(times, axis=0) if isinstance(images, np.ndarray) else images.repeat_interleave(times, dim=0)

@@ -7,7 +7,7 @@ from pathlib import Path
 from segtrust.config import checked_config
 from segtrust.errors import Problems, SegtrustError, raise_if_any
 from segtrust.files import canonical_json, read_json
-from segtrust.gather import find_passes
+from segtrust.gather import companions, find_passes
 from segtrust.jobs import input_state
 from segtrust.models import passes_of, plan_chunks, read_models
 from segtrust.patients import SAMPLED_SPLITS, header_problems, read_sheet
@@ -20,7 +20,7 @@ class Study:
     config : dict with all defaults filled in
     patients : dict from id to Patient, in the sheet's order, without those left out
     models : dict from name to Model
-    passes : dict from the name of a model to T
+    passes : dict from the name of a model to the number of passes from each of its sources
     left_out : dict from the id of a patient left out of everything to the reason
     """
 
@@ -65,13 +65,25 @@ class Study:
         Predictions made elsewhere are gathered into one file.
         """
         folder = Path("results") / model / "samples" / patient
-        source, is_network = self.models[model].source, self.models[model].is_network
-        pattern = re.compile(re.escape(source) + r"_(\d+)-(\d+)\.safetensors")
+        is_network, passes = self.models[model].is_network, self.passes[model]
         names = [path.name for path in folder.iterdir()] if is_network and folder.is_dir() else []
-        existing = [tuple(map(int, match.groups())) for name in names if (match := pattern.fullmatch(name))]
         per_job = self.config["sample"]["passes_per_job"] if is_network else None
-        planned = plan_chunks(existing, self.passes[model], per_job)
-        return [f"{folder}/{source}_{first}-{last}.safetensors" for first, last in planned]
+        chunks = []
+        for source in self.models[model].sources:
+            pattern = re.compile(re.escape(source) + r"_(\d+)-(\d+)\.safetensors")
+            existing = [tuple(map(int, match.groups())) for name in names if (match := pattern.fullmatch(name))]
+            planned = plan_chunks(existing, passes, per_job)
+            chunks += [f"{folder}/{source}_{first}-{last}.safetensors" for first, last in planned]
+        return chunks
+
+    @property
+    def fitting(self):
+        """Return the ids of the patients that dropout rates and scales are fitted on: calibration, with a reference."""
+        return [name for name in self.of_split("calibration") if self.patients[name].seg]
+
+    def sources(self):
+        """Say where the passes of each model come from, a dict from model to text."""
+        return {name: model.described(self.passes[name]) for name, model in self.models.items()}
 
     def settings(self, stage):
         """Return the settings of a stage as one canonical JSON text."""
@@ -126,8 +138,15 @@ def read_study(config, check_headers):
         passes = {name: passes_of(model, sampled, config["sample"]["passes"]) for name, model in models.items()}
     except Problems as error:
         problems += error.problems
+    study = Study(config, kept, models, passes, left_out)
+    problems += [
+        f"models.{name}: inject.rate auto is chosen on patients of split calibration with a reference, of which "
+        f"{config['patients']} has none; mark some, or give a rate."
+        for name, model in models.items()
+        if model.inject and model.inject["rate"] == "auto" and not study.fitting
+    ]
     raise_if_any(problems)
-    return Study(config, kept, models, passes, left_out)
+    return study
 
 
 def _split_problems(patients, config):
@@ -177,7 +196,8 @@ def _still_asked(record, patient, models):
     pattern = models.get(record["model"], {}).get("predictions")
     if pattern:
         try:
-            named |= set(find_passes(pattern, patient.patient).values())
+            for path in find_passes(pattern, patient.patient).values():
+                named |= {path, *companions(path)}
         except SegtrustError:
             return False  # told of where passes are counted
     given = {state["path"] for state in record["inputs"] if not state["path"].startswith("results/")}

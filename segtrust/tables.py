@@ -3,7 +3,7 @@
 import pandas as pd
 
 from segtrust.cohort import check_agreement
-from segtrust.files import write_csv, write_json, write_parquet
+from segtrust.files import read_json, write_csv, write_json, write_parquet
 from segtrust.tally import Tally
 
 TABLES = ("metrics", "patients", "strata")
@@ -27,6 +27,14 @@ def read_tallies(paths, rows):
     shared = {key: value for key, value in provenances[0].items() if key != "patient"}
     shared["device"] = sorted({provenance["device"] for provenance in provenances if "device" in provenance})
     return list(tallies), patients, shared
+
+
+def read_scales(path):
+    """Return the factors of `segtrust.cohort.cohort` from the file of rule `inject`; None where there is no file.
+
+    path : JSON whose `scale` is a dict from region to factor or null; or None
+    """
+    return read_json(path)["scale"] if path else None
 
 
 def write_cohort(paths, tables, provenance):

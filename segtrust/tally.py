@@ -13,6 +13,7 @@ every recalibration is a function of tallies (definitions, section 4). A tally h
 
 Only occupied cells are kept. Counts are int64, sums float64. Adding tallies pools their voxels: counts
 exactly, sums to rounding. Bins are closed on the left, and fine: the coarse bins of a metric are unions of them.
+Smaller tallies of the same patient after fewer passes stand beside it (`Tally.convergence`).
 """
 
 import base64
@@ -28,9 +29,12 @@ from segtrust.errors import SegtrustError
 from segtrust.files import canonical_json, read_parquet, write_parquet
 from segtrust.masks import BANDS, MASKS, band_index
 from segtrust.measures import (
+    BETWEEN_MEMBERS,
     ENTROPY_4CLASS,
     MEASURES,
+    MEMBER_MEASURES,
     OWN_ERRORS,
+    WITHIN_MEMBERS,
     binary_entropy,
     binary_entropy_of,
     boundary_proximity,
@@ -39,10 +43,11 @@ from segtrust.measures import (
 )
 from segtrust.regions import CLASSES, REGIONS, four_class
 
-FORMAT = 1
+FORMAT = 2
 TALLY_KEY = b"tally"
 CASE_KEY = b"case"
 REST_KEY = b"volume_rest"
+CONVERGENCE_KEY = b"convergence"
 
 ALL = "ALL"
 TALLY_REGIONS = (*REGIONS, ALL)
@@ -217,7 +222,7 @@ class _Layout:
         return (row * len(self.series) + self.series.index(series)) * self.size
 
 
-_SCORES = (*MEASURES, OWN_ERRORS, ENTROPY_4CLASS)
+_SCORES = (*MEASURES, OWN_ERRORS, ENTROPY_4CLASS, *MEMBER_MEASURES)
 _LAYOUTS = {
     "scores": _Layout(_SCORES, 4, len(SCORE_BINS)),
     "score_sums": _Layout(_SCORES, 4, 1, SCORE_SUMS),
@@ -270,8 +275,8 @@ class Tally:
     """Counts and sums over the voxels of one patient, or of several pooled.
 
     Make one with `Tally.of` or `Tally.read`; add tallies with `+` or `pooled`. Accessors return dense arrays;
-    None where the quantity does not exist (no deterministic pass; variance of a single pass), zeros where a
-    mask is empty.
+    None where the quantity does not exist (no deterministic pass; variance of a single pass; parts of members where
+    there is one), zeros where a mask is empty.
 
     available : frozenset of the series (measures and kinds of probability) that exist
     cases : list of dicts, one per patient, of numbers that do not add up (put into the table by `voxels`)
@@ -279,20 +284,24 @@ class Tally:
         a deterministic pass
     counts : dict of int64 arrays that add up: `n_voxels`, `n_nesting_breaks`, `n_argmax_differs` (scalars),
         `n_reference`, `n_predicted`, `n_deterministic` (3,)
+    convergence : dict from a number of passes, fewer than all, to the brief Tally after them (`tally_columns`); empty
+        for several patients pooled
     """
 
-    def __init__(self, tables, counts, cases, available, settings=None):
+    def __init__(self, tables, counts, cases, available, settings=None, convergence=None):
         self._tables = tables
         self.counts = counts
         self.cases = cases
         self.available = frozenset(available)
         self.settings = settings or SETTINGS
+        self.convergence = convergence or {}
 
     @classmethod
     def of(cls, table):
         """Return the tally of a voxels table (`segtrust.voxels.voxels`, or the same read from a file).
 
-        The rest of the volume, counted in the table's metadata, is included.
+        The rest of the volume, counted in the table's metadata, is included, and so are the tallies after fewer
+        passes.
         """
         columns = Columns.of_table(table)
         metadata = table.schema.metadata or {}
@@ -301,6 +310,9 @@ class Tally:
         if REST_KEY in metadata:
             rest = cls.from_text(metadata[REST_KEY].decode())
             tally = cls._merged([tally, rest], tally.cases)
+        if CONVERGENCE_KEY in metadata:
+            texts = json.loads(metadata[CONVERGENCE_KEY])
+            tally.convergence = {int(passes): cls.from_text(text) for passes, text in texts.items()}
         return tally
 
     def __add__(self, other):
@@ -357,7 +369,10 @@ class Tally:
     def _exists(self, region, series):
         only_all = (ENTROPY_4CLASS, *CLASS_KINDS)
         in_both = (PROBABILITY, DETERMINISTIC)
-        fitting = series in only_all + in_both if region == ALL else series not in only_all
+        if region == ALL:
+            fitting = series in only_all + in_both and ENTROPY_4CLASS in self.available
+        else:
+            fitting = series not in only_all
         return fitting and series in self.available
 
     def scores(self, region, mask, measure):
@@ -452,9 +467,25 @@ class Tally:
     def to_table(self):
         """Return the tally as a pyarrow Table, one row per occupied cell.
 
-        Sorted by region, table, series, outcome, bin, and mask last: a bin often holds the same voxels in several
-        masks, and equal neighbours compress well.
+        Column `passes` is null, but in the tallies after fewer passes, which come last. Sorted by region, table,
+        series, outcome, bin, and mask last: a bin often holds the same voxels in several masks, and equal neighbours
+        compress well.
         """
+        early = sorted(self.convergence.items())
+        about = {
+            "settings": self.settings,
+            "cases": self.cases,
+            **self._about(),
+            "convergence": {str(passes): tally._about() for passes, tally in early},
+        }
+        table = pa.concat_tables([self._rows(None), *(tally._rows(passes) for passes, tally in early)])
+        return table.replace_schema_metadata({TALLY_KEY: canonical_json(about).encode()})
+
+    def _about(self):
+        counts = {name: np.asarray(value).tolist() for name, value in self.counts.items()}
+        return {"available": sorted(self.available), "counts": counts}
+
+    def _rows(self, passes):
         offsets = np.cumsum([0, *(len(layout.series) for layout in _LAYOUTS.values())])
         parts = []
         for number, (name, layout) in enumerate(_LAYOUTS.items()):
@@ -473,6 +504,7 @@ class Tally:
         )
         order = np.argsort(region, kind="stable")
         columns = {
+            "passes": pa.array(np.full(len(order), passes or 0), pa.int32(), mask=np.full(len(order), passes is None)),
             "region": _dictionary(region[order], TALLY_REGIONS),
             "table": _dictionary(number[order], tuple(_LAYOUTS)),
             "series": _dictionary(series[order], [name for layout in _LAYOUTS.values() for name in layout.series]),
@@ -483,13 +515,7 @@ class Tally:
         }
         for position in range(sums.shape[1]):
             columns[f"sum_{position}"] = pa.array(sums[order, position], from_pandas=True)
-        about = {
-            "settings": self.settings,
-            "cases": self.cases,
-            "available": sorted(self.available),
-            "counts": {name: np.asarray(value).tolist() for name, value in self.counts.items()},
-        }
-        return pa.table(columns).replace_schema_metadata({TALLY_KEY: canonical_json(about).encode()})
+        return pa.table(columns)
 
     @classmethod
     def from_table(cls, table):
@@ -500,6 +526,15 @@ class Tally:
                 f"this tally has bins and format {about.get('settings')}, expected {SETTINGS}; "
                 "make it again from voxels"
             )
+        rows_of = table["passes"].fill_null(0).to_numpy()
+        convergence = {
+            int(passes): cls._of_rows(table.filter(rows_of == int(passes)), [], held, {})
+            for passes, held in about["convergence"].items()
+        }
+        return cls._of_rows(table.filter(rows_of == 0), about["cases"], about, convergence)
+
+    @classmethod
+    def _of_rows(cls, table, cases, about, convergence):
         region, mask = _indices(table["region"], TALLY_REGIONS), _indices(table["mask"], TALLY_MASKS)
         row = region * len(TALLY_MASKS) + mask
         number = _indices(table["table"], tuple(_LAYOUTS))
@@ -518,14 +553,15 @@ class Tally:
                 sums[:, column] = table[f"sum_{column}"].to_numpy()[chosen]
             tables[name] = _Cells(key[order], n[chosen], sums)
         counts = {name: np.array(value, np.int64) for name, value in about["counts"].items()}
-        return cls(tables, counts, about["cases"], about["available"])
+        return cls(tables, counts, cases, about["available"], convergence=convergence)
 
     def write(self, path, provenance):
         """Write the tally as Parquet with its provenance (a dict)."""
         sums = [f"sum_{position}" for position in range(len(SCORE_SUMS))]
         table = self.to_table()
-        plain = [name for name in table.column_names if name not in sums]
-        write_parquet(path, table, provenance, compression_level=9, use_dictionary=plain, use_byte_stream_split=sums)
+        encodings = {"bin": "DELTA_BINARY_PACKED", **dict.fromkeys(["n", *sums], "BYTE_STREAM_SPLIT")}
+        repeating = [name for name in table.column_names if name not in encodings]
+        write_parquet(path, table, provenance, compression_level=9, use_dictionary=repeating, column_encoding=encodings)
 
     @classmethod
     def read(cls, path):
@@ -581,19 +617,22 @@ class Columns:
 
     labels : uint8, canonical; cavity : bool or None
     probability, deterministic : float32
-    expected_entropy, variance, distance_predicted, distance_reference : float16
+    expected_entropy, member_entropy, variance, distance_predicted, distance_reference : float16
     masks : uint16
     weight : None, or float64: the number of voxels that each row stands for
+
+    What no series needs that is counted may be None.
     """
 
     labels: np.ndarray
-    prediction: np.ndarray
+    prediction: np.ndarray | None
     cavity: np.ndarray | None
     probability: list
     deterministic: list | None
     expected_entropy: list
+    member_entropy: list | None
     variance: list | None
-    distance_predicted: list
+    distance_predicted: list | None
     distance_reference: list
     masks: list
     weight: np.ndarray | None = None
@@ -616,28 +655,45 @@ class Columns:
             probability=per_region("probability"),
             deterministic=per_region("deterministic_probability"),
             expected_entropy=per_region("expected_entropy"),
+            member_entropy=per_region("member_entropy"),
             variance=per_region("variance"),
             distance_predicted=per_region("distance_predicted"),
             distance_reference=per_region("distance_reference"),
             masks=per_region("masks"),
         )
 
+    @property
+    def series(self):
+        """Return the names of all series that can be counted."""
+        held = {"entropy", "expected_entropy", "boundary_proximity", ENTROPY_4CLASS, PROBABILITY, *CLASS_KINDS}
+        if self.variance:
+            held |= {"variance", "mutual_information"}
+        if self.member_entropy:
+            held |= {*MEMBER_MEASURES}
+        if self.deterministic:
+            held |= {"deterministic_entropy", OWN_ERRORS, DETERMINISTIC}
+        return held
 
-def tally_columns(columns, case):
+
+def tally_columns(columns, case, series=None, brief=False):
     """Return the tally of columns.
 
     case : dict of the patient's numbers that do not add up; goes into `Tally.cases`
+    series : names of what is counted, `entropy` and `probability` among them; all that can be where None
+    brief : whether to leave out joint histograms, and to give Σp², Σlog p and Σlog(1 - p) by truth alone: their sums
+        over bins are right, and no single bin
     """
+    series = columns.series if series is None else series
     tables = {name: [] for name in _LAYOUTS}
     truth, predicted, own = [], [], []
     for position, region in enumerate(REGIONS):
         labels = columns.labels
         truth.append(_IN_REGION[position].take(labels))
         predicted.append(columns.probability[position] >= np.float32(0.5))
-        if columns.deterministic:
+        if DETERMINISTIC in series:
             own.append(columns.deterministic[position] >= np.float32(0.5))
-        _tally_region(tables, region, columns, position, truth[-1], predicted[-1], own[-1] if own else None)
-    argmax = _tally_all(tables, columns)
+        members = truth[-1], predicted[-1], own[-1] if own else None
+        _tally_region(tables, region, columns, position, *members, series, brief)
 
     def count(membership):
         if columns.weight is None:
@@ -652,19 +708,15 @@ def tally_columns(columns, case):
         "n_reference": np.array([count(member) for member in truth], np.int64),
         "n_predicted": np.array([count(member) for member in predicted], np.int64),
         "n_nesting_breaks": np.int64(count((predicted[2] & ~predicted[1]) | (predicted[1] & ~predicted[0]))),
-        "n_argmax_differs": np.int64(count(argmax != columns.prediction)),
         "overlap": overlaps(predicted),
     }
-    available = {"entropy", "expected_entropy", "boundary_proximity", ENTROPY_4CLASS}
-    available |= {PROBABILITY, *CLASS_KINDS}
-    if columns.variance:
-        available |= {"variance", "mutual_information"}
-    if columns.deterministic:
-        available |= {"deterministic_entropy", OWN_ERRORS, DETERMINISTIC}
+    if ENTROPY_4CLASS in series:
+        counts["n_argmax_differs"] = np.int64(count(_tally_all(tables, columns) != columns.prediction))
+    if DETERMINISTIC in series:
         counts["n_deterministic"] = np.array([count(member) for member in own], np.int64)
         counts["overlap_deterministic"] = overlaps(own)
     cells = {name: _added(parts, len(_LAYOUTS[name].sums)) for name, parts in tables.items()}
-    return Tally(cells, counts, [case], available)
+    return Tally(cells, counts, [case], series)
 
 
 # membership of canonical labels in WT, TC, ET
@@ -681,11 +733,13 @@ class _Counter:
     masks, distance_reference : of the region
     flags : int32, below 64: whatever the outcomes of the voxel follow from
     weight : as of `Columns`
+    brief : as of `tally_columns`
     """
 
-    def __init__(self, tables, region, masks, distance_reference, flags, weight):
+    def __init__(self, tables, region, masks, distance_reference, flags, weight, brief=False):
         self._tables = tables
         self._region = region
+        self._brief = brief
         band = _bands_of_half().take(distance_reference.view(np.uint16))
         found, group = _ranked((masks.astype(np.int32) << 4 | band) << _FLAG_BITS | flags)
         self.order = np.argsort(group, kind="stable")
@@ -721,6 +775,11 @@ class _Counter:
         n = np.bincount(self._group, self._weight, len(self._first))
         sums = np.stack([np.add.reduceat(column, self._first) for column in columns], axis=1)
         self._spread("score_sums", series, np.arange(len(n)), np.zeros(len(n), np.int64), outcome, n, sums, True)
+        if not self._brief:
+            self._join(series, bins, coarse_loss)
+
+    def _join(self, series, bins, coarse_loss):
+        """Count the joint histogram of a measure and the loss."""
         if series == "boundary_proximity":
             coarse = bins.astype(np.int64) * JOINT_BINS // len(SCORE_BINS)
         else:
@@ -750,7 +809,12 @@ class _Counter:
         held = np.empty((len(cell), len(sums)))
         for position, column in enumerate(sums):
             weighted = column if self._weight is None else column * self._weight
-            held[:, position] = np.bincount(key, weighted, size)[cell]
+            if position and self._brief:
+                held[:, position] = 0
+                first = np.searchsorted(cell, np.arange(len(self._first)) * layout.n_bins)
+                held[first, position] = np.add.reduceat(weighted, self._first)
+            else:
+                held[:, position] = np.bincount(key, weighted, size)[cell]
         group, place = np.divmod(cell, layout.n_bins)
         self._spread(table, series, group, place, outcome, n[cell], held, with_bands)
 
@@ -814,31 +878,41 @@ def _outcome(truth, predicted):
     return 3 - 2 * predicted - truth
 
 
-def _tally_region(tables, region, columns, position, truth, predicted, own):
+def _tally_region(tables, region, columns, position, truth, predicted, own, series, brief):
     flags = truth + 2 * predicted.astype(np.int32) + (0 if own is None else 4 * own.astype(np.int32))
     masks, distance_reference = columns.masks[position], columns.distance_reference[position]
-    counter = _Counter(tables, region, masks, distance_reference, flags, columns.weight)
+    counter = _Counter(tables, region, masks, distance_reference, flags, columns.weight, brief)
     truth = counter.sorted(truth)
     p = counter.sorted(columns.probability[position]).astype(np.float64)
     expected = counter.sorted(columns.expected_entropy[position])
     entropy, loss = _tally_probability(counter, PROBABILITY, p, truth, _PREDICTED)
     outcome = _outcome(_TRUTH, _PREDICTED)
 
-    def score(series, bins, values):
-        counter.scores(series, bins, values, outcome, loss)
+    def score(measure, bins, values):
+        counter.scores(measure, bins, values, outcome, loss)
+
+    def score_difference(measure, whole, part):
+        values = np.maximum(whole - part, 0)
+        score(measure, SCORE_BINS.index(values), values)
 
     score("entropy", SCORE_BINS.index(entropy), entropy)
     wide = expected.astype(np.float64)
-    score("expected_entropy", SCORE_BINS.index_half(expected), wide)
-    if columns.variance:
-        mutual = np.maximum(entropy - wide, 0)
-        score("mutual_information", SCORE_BINS.index(mutual), mutual)
+    if "expected_entropy" in series:
+        score("expected_entropy", SCORE_BINS.index_half(expected), wide)
+    if "mutual_information" in series:
+        score_difference("mutual_information", entropy, wide)
+    if BETWEEN_MEMBERS in series:
+        member = counter.sorted(columns.member_entropy[position]).astype(np.float64)
+        score_difference(BETWEEN_MEMBERS, entropy, member)
+        score_difference(WITHIN_MEMBERS, member, wide)
+    if "variance" in series:
         variance = counter.sorted(columns.variance[position])
         score("variance", SCORE_BINS.index_half(variance), variance.astype(np.float64))
-    distance = counter.sorted(columns.distance_predicted[position])
-    if len(distance) and not np.isnan(distance[0]):
-        score("boundary_proximity", _distance_bins().take(distance.view(np.uint16)), boundary_proximity(distance))
-    if columns.deterministic:
+    if "boundary_proximity" in series:
+        distance = counter.sorted(columns.distance_predicted[position])
+        if len(distance) and not np.isnan(distance[0]):
+            score("boundary_proximity", _distance_bins().take(distance.view(np.uint16)), boundary_proximity(distance))
+    if DETERMINISTIC in series:
         p0 = counter.sorted(columns.deterministic[position]).astype(np.float64)
         entropy, own_loss = _tally_probability(counter, DETERMINISTIC, p0, truth, _OWN)
         bins = SCORE_BINS.index(entropy)
@@ -895,11 +969,11 @@ def _tally_all(tables, columns):
     return argmax
 
 
-def tally_quiet(distances, with_deterministic, with_variance):
+def tally_quiet(distances, with_deterministic, with_members, with_variance):
     """Return the tally of voxels of `volume` alone with zero probability everywhere and background as reference.
 
     distances : list of three float16 arrays, distance to the predicted WT, TC, ET of each voxel
-    with_deterministic, with_variance : whether these exist for the patient
+    with_deterministic, with_members, with_variance : whether these exist for the patient
 
     Such voxels differ by distance alone, and few distances occur: they are counted first.
     """
@@ -908,14 +982,16 @@ def tally_quiet(distances, with_deterministic, with_variance):
         n = np.bincount(distance.view(np.uint16), minlength=1 << 16)
         found = np.flatnonzero(n)
         nothing, nowhere = np.zeros(len(found), np.float32), np.full(len(found), np.nan, np.float16)
+        flat = [nothing.astype(np.float16)] * 3
         columns = Columns(
             labels=np.zeros(len(found), np.uint8),
             prediction=np.zeros(len(found), np.uint8),
             cavity=None,
             probability=[nothing] * 3,
             deterministic=[nothing] * 3 if with_deterministic else None,
-            expected_entropy=[nothing.astype(np.float16)] * 3,
-            variance=[nothing.astype(np.float16)] * 3 if with_variance else None,
+            expected_entropy=flat,
+            member_entropy=flat if with_members else None,
+            variance=flat if with_variance else None,
             distance_predicted=[found.astype(np.uint16).view(np.float16)] * 3,
             distance_reference=[nowhere] * 3,
             masks=[np.ones(len(found), np.uint16)] * 3,

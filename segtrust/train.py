@@ -27,10 +27,11 @@ from monai.transforms import (
 from segtrust.dropout import logits_of
 from segtrust.errors import SegtrustError
 from segtrust.files import canonical_json, replacing
-from segtrust.networks import arithmetic, divisor, region_probability, torch_device
+from segtrust.jobs import log_line
+from segtrust.networks import arithmetic, divisor, torch_device
+from segtrust.outputs import region_probability
 from segtrust.preprocess import MODALITIES
 from segtrust.regions import CLASSES, REGIONS, region_masks
-from segtrust.sample import log_line
 from segtrust.windows import padded, slide
 
 LINES_PER_TRAINING = 100
@@ -262,7 +263,10 @@ def _validate(network, validation, order, outputs, window, overlap, step, place)
         for image, labels in (validation[index] for index in range(len(validation))):
             larger, inside = padded(image[order], step)
             logits = slide(
-                torch.from_numpy(larger)[None].to(place), lambda part: logits_of(network(part)).float(), window, overlap
+                torch.from_numpy(larger).to(place),
+                lambda part, _: logits_of(network(part)).float()[:, None],
+                window,
+                overlap,
             )
             probability = region_probability(logits, outputs)[0].cpu().numpy()[(slice(None), *inside)]
             scores.append(region_dice(probability >= 0.5, labels))

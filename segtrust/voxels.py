@@ -21,7 +21,7 @@ from segtrust.masks import (
     within,
 )
 from segtrust.regions import REGIONS, overlay, region_masks
-from segtrust.tally import CASE_KEY, REST_KEY, Columns, pooled, tally_columns, tally_quiet
+from segtrust.tally import CASE_KEY, CONVERGENCE_KEY, REST_KEY, Columns, pooled, tally_columns, tally_quiet
 from segtrust.volumes import bounding_box
 
 _WORST_HD95 = 373.13  # the diagonal of 240 × 240 × 155 voxels of 1 mm, as BraTS sets it
@@ -31,16 +31,18 @@ _LEAST_LESION_MM3 = 50
 _REST_CHUNK = 1_000_000  # voxels at a time outside the rows, where a model predicts there at all
 
 
-def voxels(summary, labels, brain, brain_t1, *, spacing_mm, patient, cavity=None):
+def voxels(summary, labels, brain, brain_t1, *, spacing_mm, patient, cavity=None, convergence=None):
     """Return the voxels table of a patient, a pyarrow Table with the columns of the public contract.
 
     summary : `segtrust.moments.Summary` on the patient's own grid: `probability` float32 (3, x, y, z),
-        `expected_entropy`, `votes`, `passes`, `volumes` int (T, 3), and `deterministic`, `variance` or None
+        `expected_entropy`, `votes`, `passes`, `volumes` int (T, 3), and `deterministic`, `member_entropy`,
+        `variance` or None
     labels : uint8 (x, y, z), canonical
     brain, brain_t1 : bool (x, y, z), any modality, T1 non-zero
     spacing_mm : (3,) voxel size along the axes of the arrays
     patient : for messages
     cavity : bool (x, y, z) or None: voxels that the coding calls a resection cavity (canonical label 0)
+    convergence : dict from a smaller number of passes to the Tally after them, to be carried along; or None
 
     Raises PatientError for shapes that differ and for values out of range or NaN.
     """
@@ -116,6 +118,8 @@ def voxels(summary, labels, brain, brain_t1, *, spacing_mm, patient, cavity=None
         if summary.deterministic is not None:
             columns[f"deterministic_probability_{region}"] = rows(summary.deterministic[position])
         columns[f"expected_entropy_{region}"] = half_rows(summary.expected_entropy[position])
+        if summary.member_entropy is not None:
+            columns[f"member_entropy_{region}"] = half_rows(summary.member_entropy[position])
         if summary.variance is not None:
             columns[f"variance_{region}"] = half_rows(summary.variance[position])
         columns[f"distance_predicted_{region}"] = half_rows(distance_predicted[position])
@@ -129,6 +133,9 @@ def voxels(summary, labels, brain, brain_t1, *, spacing_mm, patient, cavity=None
     if rest.any():
         tally = _tally_rest(np.flatnonzero(rest), summary, labels, segmentation, distance_predicted, cavity)
         metadata[REST_KEY] = tally.to_text().encode()
+    if convergence:
+        early = {str(passes): tally.to_text() for passes, tally in convergence.items()}
+        metadata[CONVERGENCE_KEY] = canonical_json(early).encode()
     return pa.table(columns).replace_schema_metadata(metadata)
 
 
@@ -181,7 +188,7 @@ def _check(summary, labels, brain, brain_t1, cavity, patient):
             raise PatientError(f"{patient}: {name} is {array.dtype} {array.shape}, expected bool {grid}")
     if labels.size and labels.max() > 3:
         raise PatientError(f"{patient}: labels reach {labels.max()}, expected canonical labels 0 to 3")
-    limits = {"probability": 1, "deterministic": 1, "expected_entropy": 1, "variance": 0.5}
+    limits = {"probability": 1, "deterministic": 1, "expected_entropy": 1, "member_entropy": 1, "variance": 0.5}
     for name, high in limits.items():
         values = getattr(summary, name)
         if values is None:
@@ -307,9 +314,9 @@ def _tally_rest(index, summary, labels, segmentation, distance_predicted, cavity
 
     Most of them no model touches: all probabilities and spreads are exactly zero. Those are counted by distance.
     """
-    sources = [summary.probability, summary.deterministic, summary.expected_entropy, summary.variance]
+    spreads = [summary.expected_entropy, summary.member_entropy, summary.variance]
     active = np.zeros(len(index), bool)
-    for source in sources:
+    for source in [summary.probability, summary.deterministic, *spreads]:
         if source is not None:
             for region in source:
                 active |= region.reshape(-1)[index] != 0
@@ -324,7 +331,8 @@ def _tally_rest(index, summary, labels, segmentation, distance_predicted, cavity
     quiet = index[~active]
     if len(quiet):
         distances = [distance.reshape(-1)[quiet].astype(np.float16) for distance in distance_predicted]
-        parts.append(tally_quiet(distances, summary.deterministic is not None, summary.variance is not None))
+        others = summary.deterministic, summary.member_entropy, summary.variance
+        parts.append(tally_quiet(distances, *(other is not None for other in others)))
     return pooled(parts)
 
 
@@ -340,6 +348,7 @@ def _rest_columns(index, summary, labels, segmentation, distance_predicted, cavi
         probability=rows(summary.probability, np.float32),
         deterministic=rows(summary.deterministic, np.float32),
         expected_entropy=rows(summary.expected_entropy, np.float16),
+        member_entropy=rows(summary.member_entropy, np.float16),
         variance=rows(summary.variance, np.float16),
         distance_predicted=rows(distance_predicted, np.float16),
         distance_reference=[nowhere] * 3,

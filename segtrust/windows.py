@@ -4,9 +4,9 @@ All of these are the model's. A `View` remembers how to bring the network's outp
 """
 
 from dataclasses import dataclass
+from itertools import product
 
 import numpy as np
-from monai.inferers import sliding_window_inference
 from nibabel.orientations import axcodes2ornt
 
 from segtrust.preprocess import MODALITIES
@@ -32,6 +32,15 @@ class View:
     def shape(self):
         """Return the shape of the kept part, (x, y, z), canonical."""
         return tuple(side.stop - side.start for side in self.keep)
+
+    @property
+    def inside(self):
+        """Return where the kept part lies in the network's orientation, three slices."""
+        turned = [self.keep[axis] for axis in self.order]
+        for axis in self.flipped:
+            size, side = self.image.shape[1 + axis], turned[axis]
+            turned[axis] = slice(size - side.stop, size - side.start)
+        return tuple(turned)
 
     def back(self, array):
         """Return an array (n, x, y, z) in the network's orientation as canonical, cut to the kept part."""
@@ -79,17 +88,70 @@ def view(scan, *, channels, crop, divisor, orientation, flip):
     )
 
 
-def slide(image, predict, window, overlap):
-    """Return logits (1, channels, x, y, z) of an image tensor (1, channels, x, y, z).
+def slide(image, predict, window, overlap, at_once=1):
+    """Return logits (passes, channels, x, y, z) of an image (channels, x, y, z); overlapping windows are averaged.
 
-    predict : function from one window (1, channels, x, y, z) to its logits
-    window : (x, y, z) of sliding windows, whose overlapping logits are averaged (MONAI's sliding_window_inference);
-        None to predict the image as one
+    predict : function from (windows (n, channels, …), number of the first) to logits (n, passes, channels, …);
+        NumPy arrays or tensors alike
+    window : (x, y, z) of sliding windows, laid as MONAI's sliding_window_inference lays them (constant weights); None
+        to predict the image as one
     overlap : of neighbouring windows, in [0, 1)
+    at_once : windows given to `predict` together
     """
     if window is None:
-        return predict(image)
-    return sliding_window_inference(image, window, 1, predict, overlap=overlap)
+        return predict(image[None], 0)[0]
+    image, inside = _at_least(image, window)
+    places = window_places(tuple(image.shape[1:]), window, overlap)
+    total, count = None, np.zeros(tuple(image.shape[1:]), np.float32)
+    for first in range(0, len(places), at_once):
+        chosen = places[first : first + at_once]
+        logits = predict(_stacked([image[(slice(None), *place)] for place in chosen]), first)
+        if total is None:
+            total = _zeros_like(logits, (*logits.shape[1:3], *image.shape[1:]))
+        for place, part in zip(chosen, logits, strict=True):
+            total[(..., *place)] += part
+            count[place] += 1
+    total /= count if isinstance(total, np.ndarray) else total.new_tensor(count)
+    return total[(..., *inside)]
+
+
+def window_places(shape, window, overlap):
+    """Return where windows lie in an image at least as large, a list of tuples of three slices, last axis fastest."""
+    starts = []
+    for side, size in zip(shape, window, strict=True):
+        step = size if side == size else max(int(size * (1 - overlap)), 1)
+        n_windows = -(-(side - size) // step) + 1
+        starts.append([min(index * step, side - size) for index in range(n_windows)])
+    return [
+        tuple(slice(first, first + size) for first, size in zip(corner, window, strict=True))
+        for corner in product(*starts)
+    ]
+
+
+def _at_least(image, window):
+    """Return (image padded with zeros to at least a window, equally on both ends; where the original lies in it)."""
+    missing = [max(size - side, 0) for side, size in zip(image.shape[1:], window, strict=True)]
+    inside = tuple(slice(lack // 2, lack // 2 + side) for lack, side in zip(missing, image.shape[1:], strict=True))
+    if not any(missing):
+        return image, inside
+    larger = _zeros_like(
+        image, (image.shape[0], *(side + lack for side, lack in zip(image.shape[1:], missing, strict=True)))
+    )
+    larger[(slice(None), *inside)] = image
+    return larger, inside
+
+
+def _zeros_like(array, shape):
+    return np.zeros(shape, array.dtype) if isinstance(array, np.ndarray) else array.new_zeros(shape)
+
+
+def _stacked(arrays):
+    if isinstance(arrays[0], np.ndarray):
+        return np.stack(arrays)
+    larger = arrays[0].new_empty((len(arrays), *arrays[0].shape))
+    for place, array in zip(larger, arrays, strict=True):
+        place.copy_(array)
+    return larger
 
 
 def padded(image, divisor):

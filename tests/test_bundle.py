@@ -5,13 +5,16 @@ import numpy as np
 import pytest
 import torch
 
+from segtrust.backends import TorchBackend
 from segtrust.bundle import read_bundle
 from segtrust.config import checked_config
+from segtrust.dropout import Stochastic
 from segtrust.errors import SegtrustError
 from segtrust.models import read_models
 from segtrust.networks import build, load_checkpoint, load_weights
 from segtrust.preprocess import preprocess
 from segtrust.sample import sample
+from segtrust.sources import Source
 from segtrust.volumes import Geometry
 
 # the keys of the published brats_mri_segmentation, with its expressions
@@ -97,9 +100,10 @@ def test_a_bundle_samples_like_its_network_on_the_stored_scan(tmp_path):
     volumes[:, :3] = 0
     geometry = Geometry((14, 16, 13), np.diag([-1.0, -1.0, 1.0, 1.0]))
     moments = sample(
-        preprocess(volumes, geometry), network, passes=range(1), patient="a", seed=0, source="dropout", flip=(),
-        channels=bundle["channels"], outputs=bundle["outputs"], crop=bundle["crop"], window=bundle["window"],
-        overlap=bundle["overlap"], orientation=bundle["orientation"], precision="float32", device="cpu", batch=1,
+        preprocess(volumes, geometry), TorchBackend(Stochastic(network), "cpu", "float32", 1), passes=range(1),
+        patient="a", seed=0, source=Source(0), channels=bundle["channels"], outputs=bundle["outputs"],
+        crop=bundle["crop"], window=bundle["window"], overlap=bundle["overlap"], orientation=bundle["orientation"],
+        masks="independent", batch=1,
     )  # fmt: skip
     t1, t1ce, t2, flair = (
         np.where(volume != 0, (volume - volume[3:].mean()) / volume[3:].std(), 0) for volume in volumes

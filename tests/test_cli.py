@@ -133,3 +133,30 @@ def test_a_study_behind_a_link_gets_paths_that_hold_from_inside_it(data, tmp_pat
     assert cli.main(["init", str(data), str(tmp_path / "link")]) == 0
     monkeypatch.chdir(tmp_path / "link")
     assert Path(read_sheet("patients.tsv")[0].scan["t1"]).is_file()
+
+
+LAYERED = {"m": {"network": {"name": "UNet-Res", "channels": [4, 8], "strides": [2]}, "checkpoint": "nowhere.pt"}}
+
+
+def test_layers_prints_the_layers_of_a_model_of_a_study(tmp_path, capsys):
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump({"models": LAYERED}))
+    assert cli.main(["layers", "m", str(tmp_path)]) == 0
+    assert "ResidualUnit" in capsys.readouterr().out
+
+
+def test_layers_takes_the_study_of_this_folder_by_default(tmp_path, capsys, monkeypatch):
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump({"models": LAYERED}))
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(["layers", "m"]) == 0
+    assert "model.0.conv.unit0" in capsys.readouterr().out
+
+
+def test_layers_of_a_model_that_is_not_there_fails_in_words(tmp_path, capsys):
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump({"models": LAYERED}))
+    assert cli.main(["layers", "n", str(tmp_path)]) == 1
+    assert "has no model n; it has m" in capsys.readouterr().err
+
+
+def test_layers_without_a_study_says_how_to_start_one(tmp_path, capsys):
+    assert cli.main(["layers", "m", str(tmp_path)]) == 1
+    assert "segtrust init FOLDER" in capsys.readouterr().err

@@ -4,6 +4,7 @@ from types import SimpleNamespace
 import numpy as np
 import pandas as pd
 import pytest
+from test_voxels import member_entropy
 
 from segtrust import metrics
 from segtrust.cohort import (
@@ -20,9 +21,11 @@ from segtrust.cohort import (
     cohort,
 )
 from segtrust.errors import Problems, SegtrustError
+from segtrust.files import write_json
 from segtrust.intervals import draw
 from segtrust.masks import CONDITIONAL_ON_REFERENCE, MASKS
 from segtrust.measures import MEASURES, binary_entropy
+from segtrust.tables import read_scales
 from segtrust.tally import Tally, pooled
 from segtrust.voxels import voxels
 
@@ -30,7 +33,9 @@ SHAPE = (13, 12, 11)
 REGION_SHARE = np.array([1.0, 0.7, 0.45])[:, None, None, None]  # radii of WT, TC and ET
 
 
-def tally_of(seed, radius=4.0, shift=0.5, noise=0.4, passes=4, deterministic=True, order=(0, 1, 2), spread=0.3):
+def tally_of(
+    seed, radius=4.0, shift=0.5, noise=0.4, passes=4, deterministic=True, order=(0, 1, 2), spread=0.3, n_members=None
+):
     """Return the tally of nested balls, predicted with a radius that is off by `shift` and a noise, in voxels."""
     generator = np.random.default_rng(seed)
     distance = np.linalg.norm(np.indices(SHAPE) - np.array([6, 6, 5])[:, None, None, None], axis=0)
@@ -45,6 +50,7 @@ def tally_of(seed, radius=4.0, shift=0.5, noise=0.4, passes=4, deterministic=Tru
         probability=p.mean(axis=0).astype(np.float32),
         deterministic=(1 / (1 + np.exp(-2 * depth)))[list(order)].astype(np.float32) if deterministic else None,
         expected_entropy=binary_entropy(p).mean(axis=0).astype(np.float32),
+        member_entropy=member_entropy(p, n_members),
         variance=p.var(axis=0, ddof=1).astype(np.float32) if passes > 1 else None,
         votes=votes,
         volumes=(p >= 0.5).sum(axis=(2, 3, 4)),
@@ -247,6 +253,92 @@ def test_unequal_passes_are_named():
 
 def test_few_patients_are_named():
     assert "few_patients" in {alarm["alarm"] for alarm in tables_of_two_odd_ones()["alarms"]}
+
+
+PARTS = ("mutual_information_within_members", "mutual_information_between_members")
+
+
+@cache
+def tables_of_ensembles():
+    """Return the tables of two patients with 2 members of 3 passes each, and scales for all regions but ET."""
+    tallies = [tally_of(k, passes=6, n_members=2) for k in range(2)]
+    return frames(evaluate(tallies, sheet(2), scales={"WT": 3.0, "TC": 0.5, "ET": None}))
+
+
+def test_entropy_is_expected_entropy_and_the_parts_within_and_between_members():
+    def mean(measure):
+        keys = {"region": "TC", "mask": "predicted_5mm", "pooling": "pooled"}
+        return row_of(tables_of_ensembles(), "mean_uncertainty", measure=measure, **keys)["value"]
+
+    parts = [mean(measure) for measure in ("expected_entropy", *PARTS)]
+    assert min(parts) > 0
+    # rounding to half precision makes a part negative in a few voxels, where it is clipped at 0
+    assert sum(parts) == pytest.approx(mean("entropy"), abs=1e-4)
+
+
+def test_parts_of_members_have_every_row_that_mutual_information_has():
+    tables = tables_of_ensembles()
+    for name, keys in {
+        "metrics": ["region", "mask", "metric", "pooling", "aggregation"],
+        "strata": ["region", "aggregation", "scheme", "stratum"],
+    }.items():
+        rows = {
+            measure: set(map(tuple, tables[name].query("measure == @measure")[keys].astype(str).values))
+            for measure in ("mutual_information", *PARTS)
+        }
+        assert rows[PARTS[0]] == rows[PARTS[1]] == rows["mutual_information"], name
+    assert all(f"score_brain_mean_{part}" in tables["patients"] for part in PARTS)
+
+
+def test_a_model_of_one_member_has_no_row_and_no_column_of_parts():
+    tables = tables_of_twelve()
+    for name in ("metrics", "strata", "curves"):
+        assert not tables[name]["measure"].isin(PARTS).any(), name
+    assert not [name for name in tables["patients"] if "members" in name]
+
+
+@pytest.mark.parametrize("measure", ["mutual_information", "variance"])
+def test_a_scaled_measure_has_the_rows_of_a_measure_that_is_multiplied(measure):
+    total = pooled([tally_of(k, passes=6, n_members=2) for k in range(2)])
+    for region, scale in (("WT", 3.0), ("TC", 0.5)):
+        counts, sums = total.scores(region, "brain", measure), total.score_sums(region, "brain", measure)
+        powers = np.array([1, 2, 0, 0, 1])[:, np.newaxis]  # of u in Σu, Σu², Σℓ, Σℓ², Σuℓ
+        expected = {
+            "mean_uncertainty": metrics.mean_uncertainty(sums * scale**powers, counts),
+            "pearson_with_loss": metrics.pearson_with_loss(sums * scale**powers, counts),
+            "auroc": metrics.auroc(counts),
+            "aupr": metrics.aupr(counts),
+        }
+        for metric, value in expected.items():
+            keys = {"region": region, "mask": "brain", "measure": f"{measure}_scaled", "pooling": "pooled"}
+            assert row_of(tables_of_ensembles(), metric, **keys)["value"] == pytest.approx(float(value), rel=1e-9)
+
+
+def test_scores_of_a_scaled_measure_are_multiplied():
+    people = tables_of_ensembles()["patients"].set_index("region")
+    for aggregation in ("predicted_5mm_mean", "brain_sum"):
+        scaled, plain = (people[f"score_{aggregation}_variance{ending}"] for ending in ("_scaled", ""))
+        np.testing.assert_allclose(scaled["WT"], 3 * plain["WT"], rtol=1e-12)
+        assert scaled["ET"].isna().all()
+
+
+def test_a_region_without_a_scale_has_null_rows():
+    rows = tables_of_ensembles()["metrics"].query("region == 'ET' and measure == 'variance_scaled'")
+    assert len(rows)
+    assert rows["value"].isna().all()
+    assert set(rows["interval"]) == {"none: no scale could be fitted"}
+
+
+def test_without_scales_there_are_no_scaled_measures():
+    tables = tables_of_twelve()
+    assert not tables["metrics"]["measure"].astype(str).str.endswith("_scaled").any()
+    assert not [name for name in tables["patients"] if name.endswith("_scaled")]
+
+
+def test_scales_are_read_from_the_file_of_the_fitted_rate(tmp_path):
+    write_json(tmp_path / "rate.json", {"rate": 0.1, "scale": {"WT": 2.0, "TC": 1.0, "ET": None}})
+    assert read_scales(tmp_path / "rate.json") == {"WT": 2.0, "TC": 1.0, "ET": None}
+    assert read_scales(None) is None
 
 
 def test_a_sound_cohort_raises_no_error_alarm():

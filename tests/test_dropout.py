@@ -1,8 +1,10 @@
+import numpy as np
 import pytest
 import torch
 from torch import nn
 
-from segtrust.dropout import Stochastic, draw_masks, stack_masks
+from segtrust.draws import draw_masks, multipliers
+from segtrust.dropout import Stochastic
 from segtrust.errors import SegtrustError
 from segtrust.networks import build
 
@@ -26,12 +28,13 @@ def masks_of(stochastic, pass_index=0, seed=0, patient="a"):
     return draw_masks(stochastic.layers, stochastic.mask_shapes(SHAPE), seed, patient, "dropout", pass_index)
 
 
-def one(masks):
-    return stack_masks([masks], "cpu")
+def one(stochastic, masks):
+    held = multipliers(stochastic.layers, [masks])
+    return {name: [torch.from_numpy(call) for call in calls] for name, calls in held.items()}
 
 
 def same(masks, others):
-    return all(torch.equal(a, b) for name in masks for a, b in zip(masks[name], others[name], strict=True))
+    return all(np.array_equal(a, b) for name in masks for a, b in zip(masks[name], others[name], strict=True))
 
 
 @pytest.mark.parametrize("make", [small_segresnet, small_unet])
@@ -63,7 +66,7 @@ def test_masks_do_what_torch_dropout_does_when_it_draws_the_same(make, monkeypat
     def drop(features, p=0.5, training=False, inplace=False):
         rate, mask = queue.pop(0)
         assert (p, training) == (rate, True)
-        return features * mask / (1 - p)
+        return features * torch.from_numpy(mask) / (1 - p)
 
     for module in plain.modules():
         if isinstance(module, nn.Dropout | nn.Dropout3d):
@@ -73,7 +76,7 @@ def test_masks_do_what_torch_dropout_does_when_it_draws_the_same(make, monkeypat
     expected = plain(an_image())
     assert not queue
     # rounding of x·(m·s) against x·m/s, in float32, through a dozen layers
-    torch.testing.assert_close(stochastic(an_image(), one(masks)), expected, atol=2e-4, rtol=1e-4)
+    torch.testing.assert_close(stochastic(an_image(), one(stochastic, masks)), expected, atol=2e-4, rtol=1e-4)
 
 
 def test_a_mask_depends_on_seed_patient_source_pass_and_layer():
@@ -83,7 +86,7 @@ def test_a_mask_depends_on_seed_patient_source_pass_and_layer():
         draw_masks(layers, shapes, *key)
         for key in [(0, "a", "s", 0), (1, "a", "s", 0), (0, "b", "s", 0), (0, "a", "t", 0), (0, "a", "s", 1)]
     ]
-    distinct = {mask.numpy().tobytes() for masks in drawn for calls in masks.values() for mask in calls}
+    distinct = {mask.tobytes() for masks in drawn for calls in masks.values() for mask in calls}
     assert len(distinct) == 5 * 2
 
 
@@ -106,7 +109,7 @@ def test_a_layer_drops_the_share_its_rate_says(rate):
     layers = Stochastic(nn.Sequential(nn.Dropout(rate))).layers
     n = 1_000_000
     mask = draw_masks(layers, {"0": [(n,)]}, 0, "a", "s", 0)["0"][0]
-    assert abs(1 - mask.float().mean().item() - rate) < 5 * (rate * (1 - rate) / n) ** 0.5
+    assert abs(1 - mask.mean() - rate) < 5 * (rate * (1 - rate) / n) ** 0.5
 
 
 def test_dropout_preserves_the_mean():
@@ -114,7 +117,7 @@ def test_dropout_preserves_the_mean():
     image = torch.ones(1, 4000, 1, 1, 1)
     masks = draw_masks(stochastic.layers, stochastic.mask_shapes(image.shape[1:]), 0, "a", "s", 0)
     spread = (0.3 / 0.7 / 4000) ** 0.5
-    assert abs(stochastic(image, one(masks)).mean().item() - 1) < 5 * spread
+    assert abs(stochastic(image, one(stochastic, masks)).mean().item() - 1) < 5 * spread
 
 
 @pytest.mark.parametrize("norm", ["BATCH", "INSTANCE", ["GROUP", {"num_groups": 2}]])
@@ -125,7 +128,7 @@ def test_the_statistics_of_normalisation_layers_never_change(norm):
     stochastic = Stochastic(network)
     stochastic.train()
     for pass_index in range(3):
-        stochastic(5 + an_image(), one(masks_of(stochastic, pass_index)))
+        stochastic(5 + an_image(), one(stochastic, masks_of(stochastic, pass_index)))
     after = network.state_dict()
     assert not any(module.training for module in stochastic.modules())
     assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
@@ -139,8 +142,8 @@ def test_making_a_network_stochastic_twice_keeps_its_layers():
 @torch.inference_mode()
 def test_a_network_with_masks_as_inputs_can_be_exported():
     stochastic = Stochastic(small_segresnet())
-    exported = torch.export.export(stochastic, (an_image(), one(masks_of(stochastic, 0)))).module()
-    masks = one(masks_of(stochastic, 1))
+    exported = torch.export.export(stochastic, (an_image(), one(stochastic, masks_of(stochastic, 0)))).module()
+    masks = one(stochastic, masks_of(stochastic, 1))
     assert torch.equal(exported(an_image(), masks), stochastic(an_image(), masks))
 
 
@@ -165,9 +168,10 @@ def test_a_layer_that_is_used_twice_gets_a_mask_for_each_use():
     stochastic = Stochastic(Twice())
     shapes = stochastic.mask_shapes((1, 4, 4, 4))
     assert shapes == {"first": [(1, 1, 4, 4, 4), (1, 2, 4, 4, 4)]}
-    masks = draw_masks(stochastic.layers, shapes, 0, "a", "s", 0)["first"]
-    out = stochastic(torch.ones(1, 1, 4, 4, 4), {"first": masks})
-    assert torch.equal(out, 2 * masks[1] * torch.cat([2.0 * masks[0], torch.ones(1, 1, 4, 4, 4)], dim=1))
+    held = one(stochastic, draw_masks(stochastic.layers, shapes, 0, "a", "s", 0))
+    out = stochastic(torch.ones(1, 1, 4, 4, 4), held)
+    first, second = held["first"]
+    assert torch.equal(out, second * torch.cat([first, torch.ones(1, 1, 4, 4, 4)], dim=1))
 
 
 def test_a_rate_of_zero_is_no_stochastic_layer():

@@ -9,7 +9,7 @@ import yaml
 
 from segtrust.config import ROOT
 
-STAGES = ("preprocess", "train", "sample", "gather", "maps", "voxels", "tally", "cohort", "report")
+STAGES = ("preprocess", "train", "inject", "sample", "gather", "maps", "voxels", "tally", "cohort", "report")
 
 
 def pinned(text):
@@ -53,7 +53,9 @@ def test_conda_environments_pin_what_the_constraints_pin(path):
 
 def test_every_dependency_of_the_package_is_pinned():
     project = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
-    lists = re.findall(r"^(?:dependencies|test|lint|slurm) = \[(.*?)\]", project, flags=re.MULTILINE | re.DOTALL)
+    lists = re.findall(
+        r"^(?:dependencies|test|openvino|lint|slurm) = \[(.*?)\]", project, flags=re.MULTILINE | re.DOTALL
+    )
     names = {re.split(r"[<>=!~]", item)[0].lower() for part in lists for item in re.findall(r'"([^"]+)"', part)}
     assert names
     assert names <= set(CONSTRAINTS)

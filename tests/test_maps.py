@@ -8,7 +8,7 @@ import pytest
 from conftest import LPS
 
 from segtrust.maps import MAPS, map_paths, write_maps
-from segtrust.moments import Accumulator
+from segtrust.moments import Accumulator, merge
 from segtrust.volumes import Geometry
 
 GEOMETRY = Geometry((12, 11, 10), LPS, (1, 1))
@@ -18,7 +18,7 @@ START, SHAPE = (2, 3, 1), (6, 5, 7)
 @pytest.fixture
 def moments():
     generator = np.random.default_rng(0)
-    accumulator = Accumulator(SHAPE)
+    accumulator = Accumulator(SHAPE, "member0")
     for number in range(5):
         nested = np.sort(generator.random((3, *SHAPE)), axis=0)[::-1].astype(np.float32)
         accumulator.add(number, nested)
@@ -71,7 +71,7 @@ def test_entropy_is_at_most_one_bit_and_holds_its_parts(tmp_path, moments):
 
 
 def test_spread_of_a_single_pass_is_nan_and_never_zero(tmp_path):
-    accumulator = Accumulator(SHAPE)
+    accumulator = Accumulator(SHAPE, "member0")
     accumulator.add(0, np.full((3, *SHAPE), 0.5, np.float32))
     images = write(tmp_path, accumulator.moments(START, GEOMETRY), passes=1)
     for name in ("mutual_information", "variance"):
@@ -83,6 +83,14 @@ def test_each_map_has_its_provenance_beside_it(tmp_path, moments):
     sidecar = json.loads((tmp_path / "p_entropy.json").read_text())
     assert (sidecar["map"], sidecar["passes"], sidecar["seed"]) == ("entropy", 5, 0)
     assert "bits" in sidecar["meaning"]
+
+
+def test_the_sidecar_counts_the_passes_of_all_sources(tmp_path, moments):
+    other = Accumulator(SHAPE, "member1")
+    for number in range(5):
+        other.add(number, np.full((3, *SHAPE), 0.25, np.float32))
+    write(tmp_path, merge([moments, other.moments(START, GEOMETRY)]))
+    assert json.loads((tmp_path / "p_entropy.json").read_text())["passes"] == 10
 
 
 def test_names_of_maps_are_found_behind_the_patients_name():

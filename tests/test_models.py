@@ -4,7 +4,7 @@ import pytest
 
 from segtrust.config import checked_config
 from segtrust.errors import Problems
-from segtrust.models import passes_of, plan_chunks, read_models
+from segtrust.models import Weights, passes_of, plan_chunks, read_models
 
 
 def models(entries, **sections):
@@ -44,12 +44,12 @@ def test_chunks_of_another_start_are_not_used():
 def test_settings_hold_what_changes_numbers_and_nothing_else():
     network = {"name": "UNet-Res"}
     (model,) = models({"m": {"network": network, "train": {}}}, sample={"device": "cpu", "batch": 4}).values()
-    assert set(model.settings) == {"network", "backend", "sample"}
+    assert set(model.settings) == {"network", "stochastic", "backend", "precision", "sample"}
     assert set(model.settings["sample"]) == {
         *("channels", "outputs", "crop", "orientation", "window", "overlap"),
-        *("precision", "seed"),
+        *("seed", "masks"),
     }
-    assert model.trained_as == "m"
+    assert model.members == (Weights(trained_as="m"),)
 
 
 def test_missing_checkpoints_of_all_models_are_named(tmp_path):
@@ -61,7 +61,7 @@ def test_missing_checkpoints_of_all_models_are_named(tmp_path):
 def test_weights_trained_for_one_model_serve_another():
     network = {"name": "UNet-Res"}
     found = models({"a": {"network": network, "train": {}}, "b": {"network": network, "checkpoint": {"model": "a"}}})
-    assert found["b"].trained_as == "a"
+    assert found["b"].members[0].file == "results/a/train/checkpoint.pt"
 
 
 def test_patients_with_another_number_of_predictions_are_named(tmp_path):
@@ -74,3 +74,81 @@ def test_patients_with_another_number_of_predictions_are_named(tmp_path):
         passes_of(model, ["a", "b", "c"], 20)
     with pytest.raises(Problems, match=r"(?s)2 problems.*d: no file matches.*e: no file matches"):
         passes_of(model, ["a", "d", "e"], 20)
+
+
+NETWORK = {"name": "UNet-Res"}
+
+
+def stochastic(tmp_path, n_files=1, **given):
+    """Return the model `m` with checkpoints that exist and what is given as stochastic."""
+    for number in range(n_files):
+        (tmp_path / f"{number}.pt").write_bytes(bytes([number]))
+    further = [str(tmp_path / f"{number}.pt") for number in range(1, n_files)]
+    given |= {"ensemble": further} if further else {}
+    entry = {"network": NETWORK, "checkpoint": str(tmp_path / "0.pt"), "stochastic": given}
+    return models({"m": entry})["m"]
+
+
+def test_sources_are_checkpoints_times_flips(tmp_path):
+    assert stochastic(tmp_path).sources == ["member0"]
+    model = stochastic(tmp_path, n_files=2, flips=[2])
+    assert model.sources == ["member0", "member0-flip2", "member1", "member1-flip2"]
+    assert model.weights_of("member1-flip2").path == str(tmp_path / "1.pt")
+
+
+def test_a_source_without_dropout_has_one_pass(tmp_path):
+    assert passes_of(stochastic(tmp_path, n_files=3, dropout=False), [], 20) == 1
+    assert passes_of(stochastic(tmp_path, n_files=3), [], 20) == 20
+    assert passes_of(stochastic(tmp_path, n_files=3, passes=4), [], 20) == 4
+    injected = {"after": ["model.0"], "rate": 0.1}
+    assert passes_of(stochastic(tmp_path, dropout=False, inject=injected), [], 20) == 20
+
+
+def test_where_passes_come_from_is_said_in_words(tmp_path):
+    assert stochastic(tmp_path).described(20) == "20 dropout passes"
+    assert stochastic(tmp_path, n_files=2, flips=[0, 1]).described(5) == (
+        "40 passes: 2 checkpoints × 4 flips × 5 dropout passes"
+    )
+    assert stochastic(tmp_path, n_files=3, dropout=False).described(1) == "3 passes: 3 checkpoints"
+    assert stochastic(tmp_path, dropout=False, passes=1).described(1) == "one deterministic pass"
+
+
+def test_settings_of_a_source_do_not_know_the_other_sources(tmp_path):
+    alone, among = stochastic(tmp_path), stochastic(tmp_path, n_files=3, flips=[0], passes=7)
+    assert alone.settings == among.settings
+
+
+def test_nothing_that_varies_is_refused_for_several_passes(tmp_path):
+    with pytest.raises(Problems, match=r"models\.m: nothing varies between passes"):
+        stochastic(tmp_path, dropout=False)
+    with pytest.raises(Problems, match="without dropout each checkpoint and flip gives one pass"):
+        stochastic(tmp_path, dropout=False, flips=[0], passes=3)
+
+
+def test_an_ensemble_of_the_same_weights_is_refused(tmp_path):
+    for name in ("a.pt", "b.pt"):
+        (tmp_path / name).write_bytes(b"same")
+    entry = {"network": NETWORK, "checkpoint": f"{tmp_path}/a.pt", "stochastic": {"ensemble": [f"{tmp_path}/b.pt"]}}
+    with pytest.raises(Problems, match=r"a\.pt and .*b\.pt are the same weights"):
+        models({"m": entry})
+    trained = {"network": NETWORK, "train": {}}
+    twice = {"network": NETWORK, "checkpoint": {"model": "t"}, "stochastic": {"ensemble": [{"model": "t"}]}}
+    with pytest.raises(Problems, match="the weights of t are in the ensemble twice"):
+        models({"t": trained, "m": twice})
+
+
+def test_members_trained_here_are_of_the_same_network():
+    entries = {
+        "t": {"network": {"name": "SegResNet-BraTS"}, "train": {}},
+        "m": {"network": NETWORK, "train": {}, "stochastic": {"ensemble": [{"model": "t"}]}},
+    }
+    with pytest.raises(Problems, match="the checkpoint of 't' is of another network"):
+        models(entries)
+
+
+def test_a_training_may_have_a_seed_of_its_own():
+    entries = {name: {"network": NETWORK, "train": {"seed": seed}} for name, seed in (("a", 1), ("b", 2))}
+    found = models(entries)
+    assert [found[name].train_settings["seed"] for name in "ab"] == [1, 2]
+    assert found["a"].train_settings["train"] == found["b"].train_settings["train"]
+    assert found["a"].settings["sample"]["seed"] == found["b"].settings["sample"]["seed"]

@@ -1,9 +1,8 @@
 """Moments merge exactly and mean what they say."""
 
-import itertools
-
 import numpy as np
 import pytest
+import torch
 from conftest import LPS
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -12,8 +11,7 @@ from segtrust.errors import SegtrustError
 from segtrust.measures import binary_entropy
 from segtrust.moments import (
     Accumulator,
-    block_ends,
-    block_of,
+    TensorAccumulator,
     merge,
     read_and_merge,
     read_moments,
@@ -29,8 +27,8 @@ def draw_passes(n_passes, seed=0):
     return np.random.default_rng(seed).random((n_passes, 3, *SHAPE)).astype(np.float32)
 
 
-def moments_of(passes, numbers, deterministic=None):
-    accumulator = Accumulator(SHAPE)
+def moments_of(passes, numbers, deterministic=None, source="member0", kind=Accumulator):
+    accumulator = kind(SHAPE, source)
     for number in numbers:
         accumulator.add(number, passes[number])
     if deterministic is not None:
@@ -40,7 +38,7 @@ def moments_of(passes, numbers, deterministic=None):
 
 def equal(first, second):
     return (
-        first.passes == second.passes
+        first.volumes.keys() == second.volumes.keys()
         and first.sums.keys() == second.sums.keys()
         and all(
             np.array_equal(first.sums[block][name], second.sums[block][name])
@@ -48,18 +46,6 @@ def equal(first, second):
             for name in first.sums[block]
         )
     )
-
-
-def test_blocks_double():
-    blocks = [block_of(index) for index in range(45)]
-    assert [block for block, _ in itertools.groupby(blocks)] == [(0, 5), (5, 10), (10, 20), (20, 40), (40, 80)]
-    assert all(start <= index < stop for index, (start, stop) in enumerate(blocks))
-
-
-def test_block_ends_finish_with_the_number_of_passes():
-    assert block_ends(20) == [5, 10, 20]
-    assert block_ends(23) == [5, 10, 20, 23]
-    assert block_ends(3) == [3]
 
 
 @settings(max_examples=30, deadline=None)
@@ -76,6 +62,7 @@ def test_the_summary_is_that_of_the_stacked_passes():
     stacked = passes.astype(np.float64)
     unit = 2.0**-24
     assert np.abs(summary.probability - stacked.mean(axis=0)).max() < unit
+    # the square is that of a rounded probability: p·2^-24, besides half a unit
     assert np.abs(summary.variance - stacked.var(axis=0, ddof=1)).max() < 4 * unit
     assert np.abs(summary.expected_entropy - binary_entropy(stacked).mean(axis=0)).max() < 2 * unit
     assert np.array_equal(summary.votes, (passes >= 0.5).sum(axis=0))
@@ -103,7 +90,7 @@ def test_a_missing_pass_is_named():
 
 def test_a_pass_in_two_files_is_refused():
     passes = draw_passes(6)
-    with pytest.raises(SegtrustError, match="passes 2 are in two"):
+    with pytest.raises(SegtrustError, match="passes 2 of member0 are in two"):
         merge([moments_of(passes, range(3)), moments_of(passes, range(2, 6))])
 
 
@@ -119,7 +106,7 @@ def test_a_single_pass_has_no_variance_to_speak_of():
 
 def test_sums_of_many_certain_passes_do_not_overflow():
     passes = np.ones((1, 3, *SHAPE), np.float32)
-    accumulator = Accumulator(SHAPE)
+    accumulator = Accumulator(SHAPE, "member0")
     for number in range(640):
         accumulator.add(number, passes[0])
     assert (accumulator.moments((0, 0, 0), GEOMETRY).summary(640).probability == 1).all()
@@ -150,6 +137,90 @@ def test_chunks_of_different_weights_are_not_merged(tmp_path):
         write_moments(tmp_path / f"{first}.safetensors", part, {"model": {"weights": weights}})
     with pytest.raises(SegtrustError, match=r"0\.safetensors and .*5\.safetensors differ in weights"):
         read_and_merge([tmp_path / "0.safetensors", tmp_path / "5.safetensors"])
+
+
+def test_sums_of_tensors_are_those_of_arrays():
+    passes = draw_passes(12)
+    tensors = [torch.from_numpy(one) for one in passes]
+    on_tensors = moments_of(tensors, range(12), tensors[0], kind=TensorAccumulator)
+    on_arrays = moments_of(passes, range(12), passes[0])
+    assert np.array_equal(on_tensors.deterministic, on_arrays.deterministic)
+    for key, sums in on_arrays.sums.items():
+        for name, array in sums.items():
+            found = on_tensors.sums[key][name]
+            assert found.dtype == array.dtype
+            # logarithms of two libraries round differently, by a unit a pass
+            within = 12 if name == "entropy" else 0
+            assert np.abs(found.astype(np.int64) - array.astype(np.int64)).max() <= within
+    assert all(np.array_equal(on_tensors.volumes[key], counts) for key, counts in on_arrays.volumes.items())
+
+
+@pytest.mark.parametrize("value", [0.0, 1e-30, 1e-9, 1e-7, 1e-4, 0.1, 0.5, 0.9, 1 - 6e-8, 1.0])
+def test_the_entropy_that_is_summed_is_the_binary_entropy(value):
+    passes = np.full((5, 3, *SHAPE), value, np.float32)
+    found = moments_of(passes, range(5)).summary(5).expected_entropy
+    assert np.abs(found - binary_entropy(np.float32(value))).max() <= 2 * 2.0**-24
+
+
+def two_members(n_each):
+    """Return (passes by source, moments) of two members, one of them seen under a flip too."""
+    sources = ("member0", "member0-flip0", "member1", "member1-flip0")
+    passes = {source: draw_passes(n_each, seed) ** (1 + seed % 3) for seed, source in enumerate(sources)}
+    parts = [moments_of(passes[source], range(n_each), source=source) for source in sources]
+    return passes, merge(parts)
+
+
+def test_passes_of_all_sources_make_one_mean():
+    passes, moments = two_members(6)
+    summary = moments.summary(6)
+    stacked = np.concatenate(list(passes.values())).astype(np.float64)
+    assert summary.passes == 24
+    assert np.abs(summary.probability - stacked.mean(axis=0)).max() < 2.0**-24
+    assert np.abs(summary.variance - stacked.var(axis=0, ddof=1)).max() < 4 * 2.0**-24
+    assert np.array_equal(summary.volumes, (stacked >= 0.5).sum(axis=(2, 3, 4)))
+
+
+def test_entropy_splits_into_expected_within_and_between_members():
+    passes, moments = two_members(6)
+    summary = moments.summary(6)
+    of_members = [
+        np.concatenate([passes[source] for source in passes if source.startswith(member)]).astype(np.float64)
+        for member in ("member0", "member1")
+    ]
+    expected = np.mean([binary_entropy(member.mean(axis=0)) for member in of_members], axis=0)
+    assert np.abs(summary.member_entropy - expected).max() < 1e-6
+    assert (summary.expected_entropy <= summary.member_entropy + 1e-6).all()
+    assert (summary.member_entropy <= binary_entropy(summary.probability) + 1e-6).all()
+
+
+def test_a_single_member_and_members_of_one_pass_have_no_parts():
+    assert moments_of(draw_passes(6), range(6)).summary(6).member_entropy is None
+    parts = [moments_of(draw_passes(1, seed), [0], source=f"member{seed}") for seed in range(3)]
+    summary = merge(parts).summary(1)
+    assert summary.member_entropy is None
+    assert summary.variance is not None
+
+
+def test_every_source_must_have_the_passes_asked_for():
+    passes = draw_passes(6)
+    parts = [moments_of(passes, range(6)), moments_of(passes, range(5), source="member1")]
+    with pytest.raises(SegtrustError, match="hold passes 0–4 of member1, but passes 0–5"):
+        merge(parts).summary(6)
+
+
+def test_chunks_of_members_keep_the_weights_of_each(tmp_path):
+    passes = draw_passes(2)
+    paths = []
+    for source, weights in (("member0", "a"), ("member1", "b"), ("member1-flip2", "b")):
+        paths.append(tmp_path / f"{source}_0-1.safetensors")
+        provenance = {"model": {"weights": weights, "code": "c"}}
+        write_moments(paths[-1], moments_of(passes, range(2), source=source), provenance)
+    assert read_and_merge(paths)[1]["model"] == {"weights": {"member0": "a", "member1": "b"}, "code": "c"}
+    write_moments(
+        paths[2], moments_of(passes, range(2), source="member1-flip2"), {"model": {"weights": "x", "code": "c"}}
+    )
+    with pytest.raises(SegtrustError, match="differ in weights"):
+        read_and_merge(paths)
 
 
 def test_placing_fills_the_patients_grid_with_zeros_outside_the_box():

@@ -10,7 +10,6 @@ from segtrust.networks import (
     divisor,
     load_checkpoint,
     load_weights,
-    region_probability,
     torch_device,
 )
 
@@ -117,26 +116,6 @@ def test_the_prefix_of_parallel_training_is_removed():
     network = build(SMALL, seed=1)
     load_weights(network, {f"module.{name}": tensor for name, tensor in state.items()}, "given.pt")
     assert same(network.state_dict(), state)
-
-
-@pytest.mark.parametrize("order", [["TC", "WT", "ET"], ["ET", "TC", "WT"], ["WT", "TC", "ET"]])
-def test_sigmoid_regions_come_out_as_wt_tc_et_whatever_their_order(order):
-    logits = {"WT": 2.0, "TC": 0.0, "ET": -1.0}
-    found = region_probability(torch.tensor([[[logits[region]] for region in order]]), order)
-    torch.testing.assert_close(found, torch.sigmoid(torch.tensor([[[2.0], [0.0], [-1.0]]])))
-
-
-@pytest.mark.parametrize("order", [["background", "NCR", "ED", "ET"], ["ET", "background", "ED", "NCR"]])
-def test_softmax_classes_add_up_to_nested_regions(order):
-    probability = {"background": 0.1, "NCR": 0.2, "ED": 0.3, "ET": 0.4}
-    logits = torch.tensor([[[probability[name]] for name in order]]).log()
-    found = region_probability(logits, {"softmax": order})
-    torch.testing.assert_close(found, torch.tensor([[[0.9], [0.6], [0.4]]]))
-
-
-def test_softmax_probabilities_never_exceed_one():
-    logits = 30 * torch.randn(1, 4, 50_000, generator=torch.Generator().manual_seed(0))
-    assert region_probability(logits, {"softmax": ["background", "NCR", "ED", "ET"]}).max() <= 1
 
 
 @pytest.mark.parametrize(

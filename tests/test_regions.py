@@ -2,15 +2,19 @@
 
 import numpy as np
 import pytest
+from scipy.special import softmax
 
 from segtrust.errors import PatientError
+from segtrust.outputs import region_probability
 from segtrust.regions import (
     BACKGROUND,
+    CLASSES,
     CODINGS,
     ED,
     ET,
     NCR,
     canonical_labels,
+    class_regions,
     codes_of,
     four_class,
     overlay,
@@ -57,6 +61,24 @@ def test_a_code_between_whole_numbers_is_an_error():
         canonical_labels(np.array([0, 1.5]), "brats2021", "p", "f")
 
 
+def test_the_coding_of_a_prediction_is_set_where_its_message_says():
+    with pytest.raises(
+        PatientError, match=r"p: the map has code 4 .* is this coding: brats2021 or .* Set it in there\."
+    ):
+        canonical_labels(np.array([0, 4]), "msd", "p", "f", name="the map", setting="there")
+
+
+def test_many_unknown_codes_are_listed_briefly():
+    with pytest.raises(PatientError, match=r"seg has code 0\.05 .* and 9,989 more, unknown in coding msd") as raised:
+        canonical_labels(np.linspace(0.05, 0.95, 9_999), "msd", "p", "f")
+    assert len(str(raised.value)) < 500
+
+
+def test_a_code_that_is_no_number_is_an_error():
+    with pytest.raises(PatientError, match=r"code nan \(1 voxels\)"):
+        canonical_labels(np.array([0, np.nan]), "brats2021", "p", "f")
+
+
 def test_a_cavity_is_no_tumour():
     labels = canonical_labels(np.array([4, 3]), "brats2024", "p", "f")
     assert region_masks(labels)[:, 0].tolist() == [False, False, False]
@@ -69,6 +91,30 @@ def test_regions_are_nested():
         [False, True, False, True],
         [False, False, False, True],
     ]
+
+
+def test_regions_of_certain_classes_are_their_masks():
+    labels = np.random.default_rng(0).integers(0, 4, (5, 6, 7)).astype(np.uint8)
+    distribution = np.stack([labels == number for number in range(4)]).astype(np.float32)
+    assert np.array_equal(class_regions(distribution, list(CLASSES)), region_masks(labels))
+
+
+def test_regions_of_classes_are_those_of_a_network_with_this_softmax():
+    order = ["ET", "background", "ED", "NCR"]
+    logits = np.random.default_rng(1).normal(scale=4, size=(4, 5, 6, 7)).astype(np.float32)
+    regions = class_regions(softmax(logits, axis=0), order)
+    assert np.array_equal(regions, region_probability(logits[None], {"softmax": order})[0])
+
+
+def test_regions_of_classes_are_undone_by_four_class():
+    distribution = np.random.default_rng(2).dirichlet(np.ones(4), 50).T
+    assert four_class(class_regions(distribution, list(CLASSES))) == pytest.approx(distribution)
+
+
+def test_sums_of_classes_that_round_beyond_one_are_one():
+    certain = np.array([[0], [0.7], [0.2], [0.1]], np.float16).astype(np.float32)
+    assert certain.sum() > 1
+    assert class_regions(certain, list(CLASSES))[0] == 1
 
 
 def test_overlay_undoes_region_masks():

@@ -13,6 +13,7 @@ from segtrust import figures, report
 from segtrust.cohort import AGGREGATIONS, CURVES_SCHEMA, METRICS_SCHEMA, STRATA_SCHEMA
 from segtrust.errors import SegtrustError
 from segtrust.files import write_json, write_parquet
+from segtrust.measures import BETWEEN_MEMBERS, WITHIN_MEMBERS
 from segtrust.patients import Patient
 from segtrust.preprocess import preprocess, write_preprocessed
 from segtrust.regions import REGIONS, codes_of, overlay
@@ -24,6 +25,7 @@ N_BINS = 15
 PASSES = 20
 
 METRIC_COLUMNS = METRICS_SCHEMA.names
+PARTS = ("expected_entropy", WITHIN_MEMBERS, BETWEEN_MEMBERS)
 
 # what the tables of the drawn cohort say: over-confident on ET, fine on WT
 DICE = {"WT": 0.91, "TC": 0.86, "ET": 0.73}
@@ -60,8 +62,12 @@ def metric(model, region, name, value, pooling, n_cases, measure=None, mask=None
     return row
 
 
-def metrics_table(model, n_cases, missing=()):
-    """Return metrics of a model; regions in `missing` are empty everywhere. Distractors differ in one key each."""
+def metrics_table(model, n_cases, missing=(), early=(), members=False):
+    """Return metrics of a model; regions in `missing` are empty everywhere. Distractors differ in one key each.
+
+    early : numbers of passes that AUROC and calibration errors are given after, too
+    members : whether entropy is given in parts
+    """
     rows = []
     for region in REGIONS:
         gone = region in missing
@@ -85,6 +91,13 @@ def metrics_table(model, n_cases, missing=()):
                     add(f"ece_{kind}", value, "pooled", measure="probability", mask=mask, n_bins=bins)
             add("gap", GAP[region] * share, "pooled", measure="probability", mask=mask)
         add("dice", 0.1, "patient_mean", passes=5)
+        for passes in early:
+            add("auroc", AUROC[region] - 0.2 / passes, "pooled", measure="entropy", mask="brain", passes=passes)
+            for kind in ("class_probability", "top_label"):
+                keys = {"measure": "probability", "mask": "predicted_5mm", "n_bins": 15, "passes": passes}
+                add(f"ece_{kind}", GAP[region] + 0.1 / passes, "pooled", **keys)
+        for measure, part in zip(PARTS, (0.2, 0.07, 0.04), strict=True) if members else ():
+            add("mean_uncertainty", part, "pooled", measure=measure, mask="predicted_5mm")
     return pd.DataFrame(rows, columns=METRIC_COLUMNS)
 
 
@@ -204,10 +217,13 @@ def draw_volumes(results, folder, model, patient, shape=(22, 28, 12)):
     return str(folder / f"{patient}_seg.nii.gz")
 
 
-def draw_cohort(folder, n_patients=18, models=("SegResNet",), missing=None, references=True, alarms=()):
+def draw_cohort(
+    folder, n_patients=18, models=("SegResNet",), missing=None, references=True, alarms=(), early=(), members=False
+):
     """Write the result files of a run and return (results, sheet, metrics by model).
 
     missing : {model: regions that nobody has}; alarms : those of the first model
+    early, members : as of `metrics_table`
     """
     results, generator = folder / "results", np.random.default_rng(7)
     ids = [f"BraTS2021_{place:05d}" for place in range(n_patients)]
@@ -220,7 +236,7 @@ def draw_cohort(folder, n_patients=18, models=("SegResNet",), missing=None, refe
             paths[patient] = draw_volumes(results, folder, model, patient)
         if not references:
             continue
-        metrics = metrics_table(model, n_patients, gone)
+        metrics = metrics_table(model, n_patients, gone, early, members)
         tables[model] = metrics
         written = {"metrics": metrics, "patients": patients, "strata": strata_table(model, patients)}
         written["curves"] = curves_table(model, gone)
@@ -243,9 +259,9 @@ def make(folder, **options):
     return written(results, sheet, options.get("models", ["SegResNet"])), results / "report", tables
 
 
-def written(results, sheet, models, folder="report"):
+def written(results, sheet, models, folder="report", **options):
     """Write a report beside its results and return its html."""
-    report.report(list(models), results, results / folder, SETTINGS, sheet)
+    report.report(list(models), results, results / folder, SETTINGS, sheet, **options)
     return (results / folder / "index.html").read_text(encoding="utf-8")
 
 
@@ -313,6 +329,18 @@ def single(tmp_path_factory):
     return written(results, sheet, ["SegResNet"]), results, sheet
 
 
+SOURCES = "40 passes: 2 checkpoints × 4 flips × 5 dropout passes"
+
+
+@pytest.fixture(scope="module")
+def ensemble(tmp_path_factory):
+    """The report of a model with several members, and metrics after fewer passes; ET is missing everywhere."""
+    options = {"early": (5, 10), "members": True, "missing": {"SegResNet": ("ET",)}}
+    results, sheet, tables = draw_cohort(tmp_path_factory.mktemp("ensemble"), **options)
+    html = written(results, sheet, ["SegResNet"], sources={"SegResNet": SOURCES})
+    return html, results / "report", tables["SegResNet"]
+
+
 # --- truth ---
 
 
@@ -372,6 +400,37 @@ def test_two_rows_for_one_number_are_refused(tmp_path):
     twice = pd.concat([metrics, metrics[metrics["metric"] == "gap"]])
     with pytest.raises(SegtrustError, match="expected one"):
         report.main_table(twice, N_BINS)
+
+
+def test_points_of_the_convergence_figures_are_rows_of_metrics(ensemble):
+    _, folder, metrics = ensemble
+    saved = pd.read_csv(folder / "tables" / "SegResNet_convergence.csv")
+    assert set(saved["region"]) == {"WT", "TC"}  # ET has no value at all
+    for quantity, mask in (("auroc", "brain"), ("ece_top_label", "predicted_5mm")):
+        rows = metrics[(metrics["metric"] == quantity) & (metrics["mask"] == mask) & (metrics["pooling"] == "pooled")]
+        rows = rows[rows["measure"].isin(["entropy", "probability"]) & rows["n_bins"].isin([15, None, np.nan])]
+        expected = rows[rows["region"] == "TC"].sort_values("passes")
+        found = saved[(saved["quantity"] == quantity) & (saved["region"] == "TC")]
+        assert found["passes"].tolist() == expected["passes"].tolist() == [5, 10, PASSES]
+        assert found["value"].tolist() == expected["value"].tolist()
+        assert found["low"].tolist() == expected["ci_low"].tolist()
+
+
+def test_without_rows_after_fewer_passes_nothing_is_said_of_convergence(whole):
+    html, folder, _ = whole
+    assert "Convergence" not in html
+    assert not list(folder.rglob("*convergence*"))
+
+
+def test_parts_of_entropy_are_shown_for_several_members_alone(ensemble, whole):
+    numbers = Page(ensemble[0]).numbers
+    shown = [float(numbers[key][0][0]) for key in ("expected_entropy", "within_members", "between_members")]
+    assert shown == [0.2, 0.07, 0.04]
+    assert report.PARTS_OF_ENTROPY not in whole[0]
+
+
+def test_the_page_says_where_passes_come_from(ensemble):
+    assert f"{SOURCES} for each patient." in " ".join(Page(ensemble[0]).text)
 
 
 def test_a_bare_ece_is_never_printed(whole):
@@ -548,13 +607,24 @@ def test_a_slice_shows_the_right_of_the_patient_on_the_left():
 # --- the page ---
 
 
+def assert_links_resolve(page, folder):
+    for link in page.links + page.images:
+        assert link[1:] in page.ids if link.startswith("#") else (folder / link).is_file(), link
+
+
 def test_all_links_and_images_of_the_page_resolve(whole):
     html, folder, _ = whole
     page = Page(html)
     charts = (6 + 3) + (4 + 3)  # no reliability diagrams of a region that nobody has
     assert len(page.images) == 2 * charts + 2 * 3 * 4  # two themes; four panels of three patients of two models
-    for link in page.links + page.images:
-        assert link[1:] in page.ids if link.startswith("#") else (folder / link).is_file(), link
+    assert_links_resolve(page, folder)
+
+
+def test_convergence_adds_three_charts_whose_links_resolve(ensemble):
+    html, folder, _ = ensemble
+    page = Page(html)
+    assert len(page.images) == 2 * (4 + 3 + 3) + 3 * 4
+    assert_links_resolve(page, folder)
 
 
 def test_the_page_names_no_network_address(whole):
@@ -661,3 +731,23 @@ def test_a_mask_without_voxels_draws_no_contour():
     nothing = np.zeros((3, 4, 5), bool)
     figure = figures.scan_panel(scan, nothing, nothing, (1, 1), "t1ce")
     assert not figure.axes[0].collections
+
+
+def points_of(values):
+    return pd.DataFrame({"passes": [5, 10], "value": values, "low": np.array(values) - 0.001, "high": np.nan})
+
+
+def test_a_convergence_figure_draws_the_points_of_its_table():
+    figure = figures.convergence({"TC": points_of([0.2, 0.3])}, "gap", "brain", from_zero=True)
+    (line,) = figure.axes[0].lines
+    assert line.get_ydata().tolist() == [0.2, 0.3]
+    assert line.get_xdata() == pytest.approx([5, 10])
+    assert line.get_color() == figures.REGION_COLOURS["TC"]
+    assert figure.axes[0].get_ylim()[0] == 0
+
+
+def test_a_small_change_over_passes_is_not_blown_up():
+    tables = {"WT": points_of([0.998, 0.999]), "TC": points_of([0.997, 0.998])}
+    low, high = figures.convergence(tables, "AUROC", "brain", from_zero=False).axes[0].get_ylim()
+    assert high - low >= figures.LEAST_SPAN
+    assert low < 0.996 < 0.999 < high <= 1

@@ -4,12 +4,16 @@ import torch
 from monai.inferers import sliding_window_inference
 from monai.transforms import CenterSpatialCrop, DivisiblePad, ResizeWithPadOrCrop
 
-from segtrust.dropout import Stochastic, draw_masks, stack_masks
+from segtrust.backends import TorchBackend
+from segtrust.draws import draw_masks, multipliers
+from segtrust.dropout import Stochastic
 from segtrust.errors import SegtrustError
 from segtrust.moments import merge
-from segtrust.networks import build, region_probability
+from segtrust.networks import build
+from segtrust.outputs import region_probability
 from segtrust.preprocess import MODALITIES, preprocess
-from segtrust.sample import predict, sample
+from segtrust.sample import predict_passes, sample
+from segtrust.sources import Source
 from segtrust.volumes import Geometry
 from segtrust.windows import view
 
@@ -18,16 +22,14 @@ LPS = np.diag([-1.0, -1.0, 1.0, 1.0])
 SETTINGS = {
     "patient": "a",
     "seed": 0,
-    "source": "dropout",
+    "source": Source(0),
     "channels": ["t1ce", "t1", "t2", "flair"],
     "outputs": ["TC", "WT", "ET"],
     "crop": "foreground",
     "window": None,
     "overlap": 0.5,
     "orientation": "RAS",
-    "flip": (),
-    "precision": "float32",
-    "device": "cpu",
+    "masks": "independent",
     "batch": 1,
 }
 VIEW = {"channels": list(MODALITIES), "crop": "foreground", "divisor": 1, "orientation": "RAS", "flip": ()}
@@ -51,15 +53,21 @@ def a_network(kind="unet", rate=0.3):
     )
 
 
+def on_torch(network, precision="float32"):
+    network = network if isinstance(network, Stochastic) else Stochastic(network)
+    return TorchBackend(network, "cpu", precision, 1)
+
+
 def draw(passes, kind="unet", **changes):
     quiet = {**SETTINGS, "log": lambda line: None, **changes}
     scan = quiet.pop("scan", None) or a_scan()
-    return sample(scan, quiet.pop("network", None) or a_network(kind), passes=passes, **quiet)
+    backend = quiet.pop("backend", None) or on_torch(a_network(kind))
+    return sample(scan, backend, passes=passes, **quiet)
 
 
 def equal(moments, others):
     return (
-        moments.passes == others.passes
+        moments.volumes.keys() == others.volumes.keys()
         and np.array_equal(moments.deterministic, others.deterministic)
         and all(
             np.array_equal(array, others.sums[block][name])
@@ -67,6 +75,16 @@ def equal(moments, others):
             for name, array in sums.items()
         )
     )
+
+
+def first_block(moments):
+    """Return the probabilities summed over the first block of the only source."""
+    (source,) = moments.sources
+    return moments.sums[source, (0, 5)]["probability"]
+
+
+def tensors(held):
+    return {name: [torch.from_numpy(call) for call in calls] for name, calls in held.items()}
 
 
 def full_grid(array, scan):
@@ -92,11 +110,11 @@ def test_the_deterministic_pass_is_the_plain_network_in_evaluation_mode(kind):
 def test_a_pass_is_the_network_under_the_masks_of_its_number():
     scan, network = a_scan(), Stochastic(a_network())
     seen = view(scan, **{**VIEW, "channels": SETTINGS["channels"], "divisor": 2})
-    masks = draw_masks(network.layers, network.mask_shapes(seen.image.shape), 0, "a", "dropout", 3)
+    masks = draw_masks(network.layers, network.mask_shapes(seen.image.shape), 0, "a", "member0", 3)
     with torch.inference_mode():
-        logits = network(torch.from_numpy(seen.image)[None], stack_masks([masks], "cpu"))
+        logits = network(torch.from_numpy(seen.image)[None], tensors(multipliers(network.layers, [masks])))
     expected = seen.back(region_probability(logits, SETTINGS["outputs"])[0].numpy())
-    found = draw(range(3, 4)).sums[(0, 5)]["probability"] * 2.0**-24
+    found = first_block(draw(range(3, 4))) * 2.0**-24
     np.testing.assert_allclose(found, expected, atol=1e-5)
 
 
@@ -115,15 +133,15 @@ def test_any_split_of_the_passes_gives_the_same_bits(batch):
 
 
 def test_what_ran_before_does_not_matter():
-    network = Stochastic(a_network())
-    draw(range(2), network=network, patient="another")
+    backend = on_torch(a_network())
+    draw(range(2), backend=backend, patient="another")
     torch.manual_seed(7)
-    assert equal(draw(range(3), network=network), draw(range(3)))
+    assert equal(draw(range(3), backend=backend), draw(range(3)))
 
 
 def test_patients_seeds_and_sources_draw_different_passes():
-    found = [draw(range(2), **change) for change in ({}, {"patient": "b"}, {"seed": 1}, {"source": "flip0"})]
-    sums = {moments.sums[(0, 5)]["probability"].tobytes() for moments in found}
+    found = [draw(range(2), **change) for change in ({}, {"patient": "b"}, {"seed": 1}, {"source": Source(1)})]
+    sums = {first_block(moments).tobytes() for moments in found}
     assert len(sums) == 4
 
 
@@ -146,7 +164,7 @@ def test_one_set_of_masks_holds_for_all_windows():
                 seen.append({name: calls[0].clone() for name, calls in masks.items()})
             return super().forward(image, masks)
 
-    draw(range(1, 3), network=Spy(a_network()), window=[8, 8, 8])
+    draw(range(1, 3), backend=on_torch(Spy(a_network())), window=[8, 8, 8])
     n_windows = len(seen) // 2
     assert n_windows > 8
     for name in seen[0]:
@@ -155,25 +173,28 @@ def test_one_set_of_masks_holds_for_all_windows():
     assert not torch.equal(seen[0][name], seen[-1][name])
 
 
-def test_windows_average_logits_as_monai_does():
+@pytest.mark.parametrize("at_once", [1, 4])
+@pytest.mark.parametrize("shape", [(20, 18, 12), (8, 6, 11)])
+def test_windows_average_logits_as_monai_does(at_once, shape):
     network = Stochastic(a_network())
-    image = torch.randn(1, 4, 20, 18, 12)
+    image = torch.randn(1, 4, *shape)
     masks = draw_masks(network.layers, network.mask_shapes((4, 8, 8, 8)), 0, "a", "dropout", 0)
     with torch.inference_mode():
-        found = predict(network, image, [masks, masks], [8, 8, 8], 0.5)
-        stacked = stack_masks([masks], "cpu")
+        backend = on_torch(network)
+        found = predict_passes(backend, image[0].numpy(), lambda window: [masks, masks], [8, 8, 8], 0.5, at_once)
+        stacked = tensors(multipliers(network.layers, [masks]))
         expected = sliding_window_inference(image, [8, 8, 8], 1, lambda part: network(part, stacked), overlap=0.5)
-    torch.testing.assert_close(found, expected.expand(2, -1, -1, -1, -1), atol=1e-4, rtol=1e-4)
+    np.testing.assert_allclose(found, expected.expand(2, -1, -1, -1, -1), atol=1e-4, rtol=1e-4)
 
 
 def test_a_network_without_dropout_is_refused_for_several_passes():
     for passes in (range(2), range(3, 4)):
-        with pytest.raises(SegtrustError, match="no dropout layer with a rate above 0 is active in UNet"):
-            draw(passes, network=a_network(rate=0.0))
+        with pytest.raises(SegtrustError, match="no dropout layer with a rate above 0 is active"):
+            draw(passes, backend=on_torch(a_network(rate=0.0)))
 
 
 def test_a_network_without_dropout_may_be_asked_for_one_pass():
-    moments = draw(range(1), network=a_network(rate=0.0))
+    moments = draw(range(1), backend=on_torch(a_network(rate=0.0)))
     np.testing.assert_allclose(moments.summary(1).probability, moments.deterministic, atol=2**-24)
 
 
@@ -183,7 +204,7 @@ def test_a_window_the_network_does_not_take_is_named():
 
 
 def test_bfloat16_is_close_to_float32_and_not_the_same():
-    exact, rough = draw(range(1)).deterministic, draw(range(1), precision="bfloat16").deterministic
+    exact, rough = draw(range(1)).deterministic, draw(range(1), backend=on_torch(a_network(), "bfloat16")).deterministic
     assert 0 < np.abs(exact - rough).max() < 0.05
 
 

@@ -27,8 +27,10 @@ from segtrust.tally import (
     SCORE_BINS,
     TN,
     TP,
+    Columns,
     Tally,
     pooled,
+    tally_columns,
 )
 
 TABLES = ("scores", "score_sums", "probabilities", "class_probabilities", "confidences", "joint", "classes")
@@ -119,6 +121,57 @@ def test_votes_of_all_usual_numbers_of_passes_stay_apart(passes):
 
 
 # agreement with counting the rows of the table
+
+
+def test_parts_of_members_are_differences_of_entropies_and_add_up():
+    table = table_of(*draw_patient(12, n_passes=6, n_members=3))
+    tally = Tally.of(without_rest(table))
+    for region in REGIONS:
+        p, expected, member = (
+            table[f"{name}_{region}"].to_numpy().astype(float)
+            for name in ("probability", "expected_entropy", "member_entropy")
+        )
+        direct = {
+            "mutual_information_between_members": np.maximum(binary_entropy(p) - member, 0),
+            "mutual_information_within_members": np.maximum(member - expected, 0),
+        }
+        inside = rows_in(table, region, "predicted_5mm")
+        for measure, u in direct.items():
+            counts = np.zeros(len(SCORE_BINS), int)
+            np.add.at(counts, np.searchsorted(SCORE_BINS.edges, u[inside], side="right") - 1, 1)
+            assert np.array_equal(tally.scores(region, "predicted_5mm", measure).sum(axis=1), counts), measure
+            total = tally.score_sums(region, "predicted_5mm", measure)[0].sum()
+            assert total == pytest.approx(u[inside].sum(), rel=1e-9)
+        # rounding to half precision makes a part negative in a few voxels, where it is clipped at 0
+        whole = tally.score_sums(region, "predicted_5mm", "mutual_information")[0].sum()
+        assert sum(u[inside].sum() for u in direct.values()) == pytest.approx(whole, abs=1e-3 * inside.sum())
+
+
+def test_a_model_of_one_member_has_no_parts(tally):
+    for measure in ("mutual_information_between_members", "mutual_information_within_members"):
+        assert measure not in tally.available
+        assert tally.scores("WT", "brain", measure) is None
+
+
+def test_parts_of_members_are_counted_in_the_rest_of_the_volume():
+    summary, labels, brain = draw_patient(6, (30, 28, 26), n_passes=6, n_members=2)
+    few, all_rows = (Tally.of(table_of(summary, labels, b)) for b in (brain, np.ones_like(brain)))
+    for measure in ("mutual_information_between_members", "mutual_information_within_members"):
+        a, b = (tally.scores("TC", "volume", measure) for tally in (few, all_rows))
+        assert np.array_equal(a, b), measure
+        assert a.sum() == labels.size
+
+
+def test_a_brief_tally_has_the_same_bins_and_sums_over_bins(table, tally):
+    brief = tally_columns(Columns.of_table(table), {}, {"entropy", PROBABILITY}, brief=True)
+    assert np.array_equal(brief.scores("TC", "brain", "entropy"), tally.scores("TC", "brain", "entropy"))
+    a, b = (each.probabilities("TC", "brain", PROBABILITY) for each in (brief, tally))
+    assert np.array_equal(a["n"], b["n"])
+    assert np.allclose(a["sum_p"], b["sum_p"], rtol=1e-12)
+    for name in ("sum_p2", "sum_log_p", "sum_log_1mp"):
+        assert np.allclose(a[name].sum(axis=0), b[name].sum(axis=0), rtol=1e-12)
+    assert brief.scores("TC", "brain", "variance") is None
+    assert brief.confidences(ALL, "brain", PROBABILITY) is None
 
 
 def outcome_of(truth, predicted):

@@ -21,7 +21,15 @@ from segtrust.voxels import lesionwise_dice, signed_distance, surface_agreement,
 SHAPE = (18, 16, 14)
 
 
-def summary_of(passes, deterministic=None):
+def member_entropy(passes, n_members):
+    """Return the mean over members, which have equally many passes in turn, of the entropy of a member's mean."""
+    if n_members is None:
+        return None
+    means = passes.reshape(n_members, -1, *passes.shape[1:]).mean(axis=1)
+    return binary_entropy(means).mean(axis=0).astype(np.float32)
+
+
+def summary_of(passes, deterministic=None, n_members=None):
     """Return the summary of passes, float (T, 3, x, y, z)."""
     n = len(passes)
     votes = passes >= 0.5
@@ -30,13 +38,14 @@ def summary_of(passes, deterministic=None):
         probability=passes.mean(axis=0).astype(np.float32),
         deterministic=deterministic,
         expected_entropy=binary_entropy(passes).mean(axis=0).astype(np.float32),
+        member_entropy=member_entropy(passes, n_members),
         variance=passes.var(axis=0, ddof=1).astype(np.float32) if n > 1 else None,
         votes=votes.sum(axis=0),
         volumes=votes.sum(axis=(2, 3, 4)),
     )
 
 
-def draw_patient(seed, shape=SHAPE, n_passes=4, with_deterministic=True):
+def draw_patient(seed, shape=SHAPE, n_passes=4, with_deterministic=True, n_members=None):
     """Return (summary, labels, brain): a nested tumour of smooth noise, and passes that follow it loosely."""
     generator = np.random.default_rng(seed)
     axes = np.meshgrid(*(np.linspace(-1, 1, size) for size in shape), indexing="ij")
@@ -56,7 +65,7 @@ def draw_patient(seed, shape=SHAPE, n_passes=4, with_deterministic=True):
     draws = logit + generator.normal(size=(n_passes, 3, *shape))
     passes = np.where(brain, 1 / (1 + np.exp(-draws)), 0)
     own = np.where(brain, 1 / (1 + np.exp(-logit)), 0).astype(np.float32)
-    return summary_of(passes, own if with_deterministic else None), labels, brain
+    return summary_of(passes, own if with_deterministic else None, n_members), labels, brain
 
 
 def table_of(summary, labels, brain, spacing_mm=(1, 1, 1), **options):
@@ -197,6 +206,14 @@ def test_columns_are_those_of_the_contract():
     expected = {"index": "uint32", "reference": "uint8", "prediction": "uint8", "in_brain": "bool"}
     expected |= {f"{name}_{region}": kind for region, (name, kind) in product(REGIONS, kinds.items())}
     assert {field.name: str(field.type) for field in table.schema} == expected
+
+
+def test_several_members_have_a_column_of_their_entropy():
+    summary, labels, brain = draw_patient(3, n_passes=6, n_members=3)
+    table = table_of(summary, labels, brain)
+    assert str(table.schema.field("member_entropy_TC").type) == "halffloat"
+    column = summary.member_entropy[1].reshape(-1)[table["index"].to_numpy()]
+    assert np.array_equal(table["member_entropy_TC"].to_numpy(), column.astype(np.float16))
 
 
 def test_one_pass_has_no_variance_column_and_no_deterministic_one_unless_given():

@@ -120,7 +120,7 @@ def voxels_of(study, model):
 CONTRACT = {
     "preprocessed": ["p0.safetensors", "p8.safetensors"],
     "trained/train": ["checkpoint.pt", "checkpoint.sha256", "curve.parquet"],
-    "trained/samples": ["p3/dropout_0-2.safetensors"],
+    "trained/samples": ["p3/member0_0-2.safetensors"],
     "given/samples": ["p3/predictions_0-2.safetensors"],
     "trained/maps": ["p3_probability.nii.gz", "p3_segmentation.nii.gz", "p3_entropy.nii.gz", "p8_entropy.nii.gz"],
     "given/voxels": ["p3.parquet"],

@@ -1,12 +1,14 @@
 """Pool the tallies of all patients of one model into metrics, strata, curves and alarms; no voxel is touched.
 
-in:   results/{model}/tally/{patient}.parquet of every patient with a reference
+in:   results/{model}/tally/{patient}.parquet of every patient with a reference, results/{model}/inject/rate.json where
+      dropout was injected with a rate chosen here
 out:  results/{model}/cohort/{metrics,patients,strata}.parquet (+ .csv), curves.parquet, alarms.json
 """
 
 
 rule cohort:
     input:
+        unpack(scale_of),
         tallies=expand("results/{{model}}/tally/{patient}.parquet", patient=STUDY.evaluated),
     output:
         metrics="results/{model}/cohort/metrics.parquet",

@@ -10,8 +10,9 @@ from functools import cache
 from snakemake.exceptions import WorkflowError
 
 from segtrust.files import canonical_json
-from segtrust.gather import find_passes
+from segtrust.gather import companions, find_passes
 from segtrust.provenance import code_digest, file_digest
+from segtrust.sources import PATTERN as SOURCES
 from segtrust.study import study_or_message
 
 STUDY = study_or_message(config, workflow.is_main_process, WorkflowError)
@@ -23,6 +24,7 @@ SCRIPTS = f"{workflow.basedir}/workflow/scripts"
 wildcard_constraints:
     patient=r"[A-Za-z0-9][A-Za-z0-9_.-]*",
     model="|".join(map(re.escape, STUDY.models)),
+    source=SOURCES,
     first=r"\d+",
     last=r"\d+",
 
@@ -46,12 +48,6 @@ def only(names):
 
 # one checkpoint serves many patients: it is read once
 digest_of_checkpoint = cache(file_digest)
-
-
-def checkpoint_digest(wildcards):
-    """Return the digest of given weights; those trained here have theirs in a file of their own."""
-    path = model_of(wildcards).checkpoint
-    return digest_of_checkpoint(path) if path else "trained here"
 
 
 def chunks_of(wildcards):
@@ -109,19 +105,39 @@ def cases_of(patients):
     }
 
 
-# --- sample ---
+# --- inject and sample ---
+
+
+def inputs_of(weights):
+    """Return the files of a member's weights; the date of a checkpoint does not count, its digest does."""
+    if weights.path:
+        return {"checkpoint": ancient(weights.path)}
+    return {"checkpoint": ancient(weights.file), "digest": f"results/{weights.trained_as}/train/checkpoint.sha256"}
+
+
+def digest_of(weights):
+    """Return the digest of given weights; those trained here have theirs in a file of their own."""
+    return digest_of_checkpoint(weights.path) if weights.path else "trained here"
 
 
 def weights_of(wildcards):
-    """Return the weights; their date does not count, their digest does."""
+    """Return the weights of a source, and the file of the rate of dropout where that is chosen here."""
     model = model_of(wildcards)
-    if model.checkpoint:
-        return {"checkpoint": ancient(model.checkpoint)}
-    trained = f"results/{model.trained_as}/train"
-    return {
-        "checkpoint": ancient(f"{trained}/checkpoint.pt"),
-        "digest": f"{trained}/checkpoint.sha256",
-    }
+    automatic = model.inject and model.inject["rate"] == "auto"
+    rate = {"rate": f"results/{wildcards.model}/inject/rate.json"} if automatic else {}
+    return {**inputs_of(model.weights_of(wildcards.source)), **rate}
+
+
+def weights_digest(wildcards):
+    return digest_of(model_of(wildcards).weights_of(wildcards.source))
+
+
+def first_weights_of(wildcards):
+    return inputs_of(model_of(wildcards).members[0])
+
+
+def first_weights_digest(wildcards):
+    return digest_of(model_of(wildcards).members[0])
 
 
 def sample_settings(wildcards):
@@ -133,6 +149,10 @@ def sample_settings(wildcards):
 
 def predictions_of(wildcards):
     return list(find_passes(model_of(wildcards).predictions, wildcards.patient).values())
+
+
+def companions_of(wildcards):
+    return [path for prediction in predictions_of(wildcards) for path in companions(prediction)]
 
 
 def gather_settings(wildcards):
@@ -161,3 +181,16 @@ def reference_of(wildcards):
 
 def reference_size_of(wildcards):
     return with_sizes({"seg": patient_of(wildcards).seg})
+
+
+# --- cohort and report ---
+
+
+def scale_of(wildcards):
+    """Return the file of the scales of uncertainty, which are fitted where dropout is injected."""
+    fitted = model_of(wildcards).inject and STUDY.fitting
+    return {"rate": f"results/{wildcards.model}/inject/rate.json"} if fitted else {}
+
+
+def sources_of_models():
+    return canonical_json(STUDY.sources())

@@ -8,6 +8,7 @@ out:  results/{model}/samples/{patient}/predictions_{first}-{last}.safetensors
 rule gather:
     input:
         predictions=predictions_of,
+        companions=companions_of,
         scan="results/preprocessed/{patient}.safetensors",
     output:
         moments="results/{model}/samples/{patient}/predictions_{first}-{last}.safetensors",

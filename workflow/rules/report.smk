@@ -26,6 +26,7 @@ rule report:
         models=list(STUDY.models),
         patients=STUDY.rows(STUDY.sampled),
         left_out=canonical_json(STUDY.not_evaluated),
+        sources=sources_of_models(),
         code=code("report"),
         templates=[file_digest(f"{workflow.basedir}/segtrust/templates/{name}") for name in ("index.html", "style.css")],
     script:

@@ -1,7 +1,9 @@
 """Draw a chunk of Monte Carlo dropout passes of one patient and sum them into moments.
 
-in:   results/preprocessed/{patient}.safetensors, the model's weights
-out:  results/{model}/samples/{patient}/dropout_{first}-{last}.safetensors
+A source is a member (one checkpoint) seen under one flip; its passes are numbered from 0.
+
+in:   results/preprocessed/{patient}.safetensors, the member's weights
+out:  results/{model}/samples/{patient}/{source}_{first}-{last}.safetensors
 """
 
 
@@ -10,11 +12,11 @@ rule sample:
         unpack(weights_of),
         scan="results/preprocessed/{patient}.safetensors",
     output:
-        moments="results/{model}/samples/{patient}/dropout_{first}-{last}.safetensors",
+        moments="results/{model}/samples/{patient}/{source}_{first}-{last}.safetensors",
     log:
-        "logs/sample/{model}/{patient}/dropout_{first}-{last}.log",
+        "logs/sample/{model}/{patient}/{source}_{first}-{last}.log",
     benchmark:
-        "logs/benchmark/sample/{model}/{patient}/dropout_{first}-{last}.tsv"
+        "logs/benchmark/sample/{model}/{patient}/{source}_{first}-{last}.tsv"
     wildcard_constraints:
         model=only(name for name, model in STUDY.models.items() if model.is_network),
     conda:
@@ -26,6 +28,6 @@ rule sample:
     params:
         settings=sample_settings,
         code=code("sample"),
-        weights=checkpoint_digest,
+        weights=weights_digest,
     script:
         "../scripts/sample.py"

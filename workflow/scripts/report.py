@@ -14,4 +14,5 @@ with job(snakemake, "report"):
         {**json.loads(snakemake.params.settings), "n_bins": 15},
         [Patient(**row) for row in json.loads(snakemake.params.patients)],
         json.loads(snakemake.params.left_out),
+        json.loads(snakemake.params.sources),
     )

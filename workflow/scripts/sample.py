@@ -2,41 +2,45 @@
 
 import json
 
-import torch
-
-from segtrust.jobs import job
+from segtrust.backends import open_backend, rate_of
+from segtrust.jobs import job, log_line
 from segtrust.moments import write_moments
-from segtrust.networks import build, load_checkpoint, load_weights, torch_device
 from segtrust.preprocess import read_preprocessed
 from segtrust.provenance import file_digest, settings_digest, versions
 from segtrust.sample import sample
+from segtrust.sources import source_named
 
 with job(snakemake, "sample"):
-    torch.set_num_threads(snakemake.threads)
     settings = json.loads(snakemake.params.settings)
-    checkpoint = snakemake.input.checkpoint
     scan, provenance = read_preprocessed(snakemake.input.scan)
-    device = torch_device(snakemake.config["sample"]["device"]).type
-    network = build(settings["network"], seed=0)
-    load_weights(network, load_checkpoint(checkpoint), checkpoint)
+    weights = file_digest(snakemake.input.checkpoint)
+    rate = rate_of(settings["stochastic"]["inject"], snakemake.input.get("rate"))
+    backend = open_backend(
+        snakemake.input.checkpoint,
+        digest=weights,
+        settings=settings,
+        rate=rate,
+        device=snakemake.config["sample"]["device"],
+        threads=snakemake.threads,
+        cache=f"results/{snakemake.wildcards.model}/samples/.traced",
+        log=log_line,
+    )
     moments = sample(
         scan,
-        network,
+        backend,
         passes=range(int(snakemake.wildcards.first), int(snakemake.wildcards.last) + 1),
         patient=snakemake.wildcards.patient,
-        source="dropout",
-        flip=(),
-        device=device,
+        source=source_named(snakemake.wildcards.source),
         batch=snakemake.config["sample"]["batch"],
         **settings["sample"],
     )
     model = {
         "name": snakemake.wildcards.model,
-        "weights": file_digest(checkpoint),
+        "weights": weights,
         "settings": settings,
+        "rate": rate,
         "settings_digest": settings_digest(settings),
         "code": snakemake.params.code,
     }
-    write_moments(
-        snakemake.output.moments, moments, {**provenance, "model": model, "device": device, "versions": versions()}
-    )
+    computed = {"device": backend.device, "backend": backend.name, "precision": backend.precision}
+    write_moments(snakemake.output.moments, moments, {**provenance, "model": model, **computed, "versions": versions()})

@@ -5,10 +5,9 @@ import json
 import torch
 
 from segtrust.cases import Cases
-from segtrust.dropout import check_stochastic
 from segtrust.files import write_csv, write_parquet
 from segtrust.jobs import job
-from segtrust.networks import build
+from segtrust.networks import build, check_sampling
 from segtrust.provenance import versions
 from segtrust.train import curve_table, train
 
@@ -16,7 +15,7 @@ with job(snakemake, "train"):
     torch.set_num_threads(snakemake.threads)
     settings = json.loads(snakemake.params.settings)
     network = build(settings["network"], settings["seed"])
-    check_stochastic(network, snakemake.config["sample"]["passes"])  # before hours of training, not after
+    check_sampling(settings["network"], **snakemake.config["models"][snakemake.wildcards.model]["stochastic"])
     curve = train(
         network,
         Cases(snakemake.input.scans, snakemake.input.references, **snakemake.params.training),

@@ -1,0 +1,37 @@
+"""Choose the rate of injected dropout, and fit the scale of its uncertainty, on the patients of split calibration.
+
+It draws as many passes per patient and rate as a source of the model gives; another number of passes later does not
+choose anew, so that the passes already drawn stay.
+
+in:   the first member's weights, results/preprocessed/{patient}.safetensors and the references of split calibration
+out:  results/{model}/inject/rate.json
+"""
+
+
+rule inject:
+    input:
+        unpack(first_weights_of),
+        scans=expand("results/preprocessed/{patient}.safetensors", patient=STUDY.fitting),
+        references=references_of(STUDY.fitting),
+    output:
+        rate="results/{model}/inject/rate.json",
+    log:
+        "logs/inject/{model}.log",
+    benchmark:
+        "logs/benchmark/inject/{model}.tsv"
+    wildcard_constraints:
+        model=only(name for name, model in STUDY.models.items() if model.inject),
+    conda:
+        "../../envs/segtrust.yaml"
+    threads: 8
+    resources:
+        gpu=GPU,
+        mem_mb=lambda wildcards, attempt: 6000 * attempt,
+        runtime=lambda wildcards, attempt: 240 * attempt,
+    params:
+        settings=sample_settings,
+        code=code("inject"),
+        weights=first_weights_digest,
+        cases=cases_of(STUDY.fitting),
+    script:
+        "../scripts/inject.py"
