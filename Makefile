@@ -7,7 +7,7 @@ SHELL = /bin/bash
 .PHONY: help demo test test-fast lint format bench-tally bench-sample clean
 
 help:
-	@echo "make demo       draw a demo cohort, train small networks, evaluate them (about 6 minutes on 2 cores)"
+	@echo "make demo       draw a demo cohort, train small networks, evaluate them (5 to 10 minutes on 2 cores)"
 	@echo "make test       all tests;  make test-fast: the inner loop, under 2 minutes"
 	@echo "make lint       ruff, snakefmt, snakemake --lint;  make format: let them mend what they can"
 	@echo "make bench-tally   time the tally of a full-size patient beside scikit-learn"
@@ -22,7 +22,7 @@ help:
 
 demo: .venv/ready
 	test -e demo/patients.tsv || $(BIN)/segtrust phantom demo --patients 32 --shape 64 72 56 --seed 1 --train 16 --validation 4 --calibration 2
-	$(BIN)/segtrust run . --profile local --cores $(CORES) --set-threads train=1  # the two trainings side by side
+	$(BIN)/segtrust run . --profile local --cores $(CORES) --set-threads train=1  # trainings side by side
 	@echo "Report: results/report/index.html    Tables: results/<model>/cohort/"
 
 test: .venv/ready

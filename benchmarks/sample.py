@@ -81,7 +81,7 @@ def opened(folder, network, line, threads):
     }  # fmt: skip
     return open_backend(
         random_network(folder, network), digest="", settings=settings, rate=None, device="auto", threads=threads,
-        cache=Path(folder) / "traced", code="", log=print,
+        cache=Path(folder) / "traced", log=print,
     )  # fmt: skip
 
 

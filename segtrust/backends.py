@@ -5,14 +5,16 @@ more than rounding. OpenVINO runs what PyTorch traced once for a model: the trac
 that only the first job needs PyTorch and MONAI.
 """
 
+import os
 from importlib.util import find_spec
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import numpy as np
 
 from segtrust.draws import Layer, draw_masks, multipliers
 from segtrust.errors import SegtrustError
-from segtrust.files import read_json, replacing, write_json
+from segtrust.files import read_json, write_json
 from segtrust.provenance import code_digest, settings_digest, versions
 
 BACKENDS = ("auto", "torch", "openvino")
@@ -106,7 +108,7 @@ class OpenVINOBackend:
     """A traced network computed by OpenVINO on a CPU.
 
     path : of the trace, `….xml`, which `export` wrote; about : what is in the `….json` beside it
-    precision : "float32", or "bfloat16" where the processor computes it (else float32 is used, and told)
+    precision : "float32", or "bfloat16" where the processor computes it; the attribute of this name says what is used
     threads : of the processor
     rate : of injected dropout; None for that of the trace
     """
@@ -123,13 +125,13 @@ class OpenVINOBackend:
         self._core = openvino.Core()
         self._model = self._core.read_model(str(path))
         self._compiled = {}
+        able = "BF16" in self._core.get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+        self.precision = precision if able else "float32"
         self._settings = {
-            "INFERENCE_PRECISION_HINT": {"float32": "f32", "bfloat16": "bf16"}[precision],
+            "INFERENCE_PRECISION_HINT": {"float32": "f32", "bfloat16": "bf16"}[self.precision],
             "INFERENCE_NUM_THREADS": threads,
             "NUM_STREAMS": 1,
         }
-        able = "BF16" in self._core.get_property("CPU", "OPTIMIZATION_CAPABILITIES")
-        self.precision = precision if precision == "float32" or able else "float32"
         self.layers = [
             Layer(layer["name"], layer["kind"], rate if rate and layer["injected"] else layer["rate"])
             for layer in about["layers"]
@@ -244,37 +246,59 @@ def export(stochastic, n_channels, window, path):
     stochastic : `segtrust.dropout.Stochastic` on the CPU
     window : (x, y, z), the only size that will be predicted, of networks that are built for one; None for any size
 
-    The trace is held against PyTorch under random masks, on another size than it was made with. A network that is not
-    traced faithfully leaves a `refusal` in the `….json`.
+    The trace is held against PyTorch under random masks, on another size than it was made with where the network takes
+    several. A network that cannot be traced faithfully leaves a `refusal` in the `….json`. Several jobs may do this at
+    once: each works in a folder of its own, and the `….json` is there last.
     """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with TemporaryDirectory(dir=path.parent, prefix=".partial-") as folder:
+        own = Path(folder) / path.name
+        try:
+            about = _written(stochastic, n_channels, window, own)
+        except _Refused as refusal:
+            about = {"refusal": str(refusal)}
+        else:
+            for ending in (".bin", ".xml"):
+                os.replace(own.with_suffix(ending), path.with_suffix(ending))
+        write_json(_about(path), about)
+
+
+class _Refused(SegtrustError):
+    """OpenVINO does not compute a network, for a reason that lies in the network."""
+
+
+def _written(stochastic, n_channels, window, path):
+    """Write the trace of a network, and return what is to be known about it; raise _Refused."""
+    step, probes = _probes(stochastic, n_channels, window)
+    shapes = [stochastic.mask_shapes((n_channels, *probe)) for probe in probes]
+    layers = [_layer(layer, *(found[layer.name] for found in shapes), probes) for layer in stochastic.layers]
+    about = {"divisor": step, "layers": layers}
+    try:
+        model = _traced(stochastic, n_channels, probes[0], shapes[0])
+    except Exception as error:  # tracing and conversion raise many kinds
+        raise _Refused(str(error).splitlines()[0]) from error
+    _write_trace(model, path)
+    difference = _difference(stochastic, n_channels, probes[1], path, about)
+    if not difference <= LARGEST_DIFFERENCE:
+        raise _Refused(f"probabilities differ by up to {difference:.2g}")
+    return about
+
+
+def _layer(layer, shapes, other_shapes, probes):
+    """Return what is kept of a dropout layer: how its masks grow with the image; shapes : on each of the probes."""
     from segtrust.dropout import is_injected
 
-    step, probes = _probes(stochastic, n_channels, window)
-    about = {"divisor": step}
-    try:
-        shapes = [stochastic.mask_shapes((n_channels, *probe)) for probe in probes]
-        about["layers"] = [
-            {
-                "name": layer.name,
-                "kind": layer.kind,
-                "rate": layer.rate,
-                "injected": is_injected(layer.name),
-                "calls": [_call(shape, probes[0]) for shape in shapes[0][layer.name]],
-            }
-            for layer in stochastic.layers
-        ]
-        for layer in about["layers"]:
-            found = [_shape_of(call, probes[1]) for call in layer["calls"]]
-            if found != [tuple(shape) for shape in shapes[1][layer["name"]]]:
-                raise SegtrustError(f"the masks of {layer['name']} do not grow with the image")
-        model = _traced(stochastic, n_channels, probes[0], shapes[0])
-        _write_trace(model, path)
-        difference = _difference(stochastic, n_channels, probes[1], path, about)
-        if not difference <= LARGEST_DIFFERENCE:
-            raise SegtrustError(f"probabilities differ by up to {difference:.2g}")
-    except (RuntimeError, TypeError, ValueError, SegtrustError) as error:  # what tracing and conversion raise
-        about = {"refusal": str(error).splitlines()[0]}
-    write_json(_about(path), about)
+    calls = [_call(shape, probes[0]) for shape in shapes]
+    if [_shape_of(call, probes[1]) for call in calls] != [tuple(shape) for shape in other_shapes]:
+        raise _Refused(f"the masks of {layer.name} do not grow with the image")
+    return {
+        "name": layer.name,
+        "kind": layer.kind,
+        "rate": layer.rate,
+        "injected": is_injected(layer.name),
+        "calls": calls,
+    }
 
 
 def _on_gpu(device):
@@ -287,7 +311,7 @@ def _on_gpu(device):
 
 def _may_have_gpu():
     """Say whether asking PyTorch for a GPU is worth the seconds of importing it."""
-    return Path("/dev/dxg").exists() or any(Path("/dev").glob("nvidia[0-9]*"))
+    return any(Path(place).exists() for place in ("/dev/dxg", "/dev/kfd")) or any(Path("/dev").glob("nvidia[0-9]*"))
 
 
 def _read(weights, settings, rate):
@@ -319,7 +343,7 @@ def _call(shape, probe):
     if all(side == 1 for side in shape[2:]):
         return {"shape": list(shape)}
     if len(shape) != 5 or any(side % own for side, own in zip(probe, shape[2:], strict=True)):
-        raise SegtrustError(f"a dropout layer has features of shape {tuple(shape)}, no fraction of the image")
+        raise _Refused(f"a dropout layer has features of shape {tuple(shape)}, no fraction of the image")
     return {"channels": shape[1], "steps": [side // own for side, own in zip(probe, shape[2:], strict=True)]}
 
 
@@ -375,9 +399,7 @@ def _traced(stochastic, n_channels, probe, shapes):
 def _write_trace(model, path):
     import openvino
 
-    path = Path(path)
-    with replacing(path.with_suffix(".bin")) as partial_bin, replacing(path) as partial:
-        openvino.serialize(model, str(partial), str(partial_bin))
+    openvino.serialize(model, str(path), str(path.with_suffix(".bin")))
 
 
 def _difference(stochastic, n_channels, probe, path, about):
@@ -386,12 +408,10 @@ def _difference(stochastic, n_channels, probe, path, about):
 
     shapes = stochastic.mask_shapes((n_channels, *probe))
     image, held = _random_inputs(stochastic, n_channels, probe, shapes)
-    logits = [
-        backend.predict(image, held)
-        for backend in (
-            TorchBackend(stochastic, "cpu", "float32", torch.get_num_threads()),
-            OpenVINOBackend(path, about, "float32", torch.get_num_threads()),
-        )
-    ]
-    first, second = (1 / (1 + np.exp(-values)) for values in logits)
+    exact = TorchBackend(stochastic, "cpu", "float32", torch.get_num_threads()).predict(image, held)
+    try:
+        traced = OpenVINOBackend(path, about, "float32", torch.get_num_threads()).predict(image, held)
+    except RuntimeError as error:  # a trace that does not fit the other size
+        raise _Refused(str(error).splitlines()[0]) from error
+    first, second = (1 / (1 + np.exp(-logits)) for logits in (exact, traced))
     return float(np.abs(first - second).max())

@@ -12,6 +12,7 @@ from segtrust.errors import raise_if_any
 ROOT = Path(__file__).resolve().parents[1]
 SCHEMAS = ROOT / "workflow" / "schemas"
 KINDS = ("bundle", "checkpoint", "train", "predictions")
+LEAST_PASSES_FOR_A_RATE = 5
 # how a model sees a scan, and what it returns
 VIEW_KEYS = ("channels", "outputs", "crop", "orientation", "window", "overlap")
 
@@ -140,8 +141,6 @@ def _model_problems(name, model, raw, config):
         other = config["models"].get(source["model"]) if isinstance(source, dict) else None
         if isinstance(source, dict) and (other is None or "train" not in other):
             yield f"{where}: checkpoint names the model {source['model']!r}, which is not trained here."
-        elif isinstance(source, dict) and other["network"] != model.get("network", other["network"]):
-            yield f"{where}: the checkpoint of {source['model']!r} is of another network; give the same `network`."
     several = "flips" in stochastic or "ensemble" in stochastic
     if not stochastic["dropout"] and "inject" not in stochastic:
         if not several and stochastic.get("passes", config["sample"]["passes"]) > 1 and kinds[0] != "predictions":
@@ -151,5 +150,6 @@ def _model_problems(name, model, raw, config):
             )
         if several and stochastic.get("passes", 1) > 1:
             yield f"{where}: without dropout each checkpoint and flip gives one pass; remove stochastic.passes."
-    if stochastic["masks"] == "per_window" and model.get("window", "of the bundle") is None:
-        yield f"{where}: masks: per_window needs a window."
+    automatic = stochastic.get("inject", {}).get("rate") == "auto"
+    if automatic and stochastic.get("passes", config["sample"]["passes"]) < LEAST_PASSES_FOR_A_RATE:
+        yield f"{where}: inject.rate auto needs at least {LEAST_PASSES_FOR_A_RATE} passes, whose spread it judges."

@@ -6,13 +6,11 @@ probability on two masks, and Dice.
 """
 
 import numpy as np
-from scipy import ndimage
 
-from segtrust.masks import BIT, DILATION_MM, padded, within
+from segtrust.masks import BIT, predicted_5mm
 from segtrust.regions import REGIONS
 from segtrust.sources import block_ends
 from segtrust.tally import PROBABILITY, Columns, tally_columns
-from segtrust.volumes import bounding_box
 
 CONVERGENCE_MASKS = ("brain", "predicted_5mm")
 CONVERGENCE_MEASURES = ("entropy", "mutual_information")
@@ -43,7 +41,7 @@ def tally_of_means(probability, expected_entropy, labels, brain, spacing_mm):
     Its counts are those of the whole volume, as reference voxels in neither mask are counted too.
     """
     predicted = probability >= np.float32(0.5)
-    near = [_dilated(member, spacing_mm) for member in predicted]
+    near = [predicted_5mm(member, spacing_mm) for member in predicted]
     index = np.flatnonzero(brain | (labels > 0) | near[0] | near[1] | near[2])
 
     def rows(array):
@@ -64,14 +62,3 @@ def tally_of_means(probability, expected_entropy, labels, brain, spacing_mm):
         masks=[in_brain | rows(member) * BIT["predicted_5mm"] for member in near],
     )
     return tally_columns(columns, {}, {*CONVERGENCE_MEASURES, PROBABILITY}, brief=True)
-
-
-def _dilated(membership, spacing_mm):
-    """Return the mask `predicted_5mm` of a predicted region, bool (x, y, z)."""
-    box = bounding_box(membership)
-    if box is None:
-        return membership
-    around = padded(box, [int(np.ceil(DILATION_MM / side)) for side in spacing_mm], membership.shape)
-    grown = np.zeros_like(membership)
-    grown[around] = within(ndimage.distance_transform_edt(~membership[around], spacing_mm), DILATION_MM)
-    return grown

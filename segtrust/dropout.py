@@ -132,8 +132,7 @@ def inject(network, after, rate, kind):
     Returns the names of the layers followed. Raises SegtrustError for a pattern that matches no layer. Lists of layers
     are no layers.
     """
-    named = network.named_modules(remove_duplicate=False)
-    names = [name for name, layer in named if name and not isinstance(layer, nn.ModuleList | nn.ModuleDict)]
+    names = names_of_layers(network)
     chosen = matching(names, after)
     unmatched = [pattern for pattern in after if not matching(names, [pattern])]
     if unmatched:
@@ -149,6 +148,12 @@ def inject(network, after, rate, kind):
             followed[layer] = Injected(layer, nn.Dropout3d(rate) if kind == "channel" else nn.Dropout(rate))
         holder._modules[own] = followed.get(layer, layer)
     return chosen
+
+
+def names_of_layers(network):
+    """Return the names of the layers that dropout can follow; a list of layers is none."""
+    named = network.named_modules(remove_duplicate=False)
+    return [name for name, layer in named if name and not isinstance(layer, nn.ModuleList | nn.ModuleDict)]
 
 
 def is_injected(name):

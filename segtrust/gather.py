@@ -406,6 +406,8 @@ class _Array:
 
 
 def _filled(content, kind, shape, order):
+    if type(kind) is not _Type:
+        raise _Refused(f"an array of {type(kind).__name__}")
     return np.frombuffer(content, kind.dtype).reshape(shape, order=order)
 
 

@@ -11,12 +11,12 @@ import numpy as np
 
 from segtrust.errors import SegtrustError
 from segtrust.jobs import log_line
-from segtrust.masks import DILATION_MM, padded, within
+from segtrust.masks import predicted_5mm
 from segtrust.preprocess import read_preprocessed
 from segtrust.regions import REGIONS, region_masks
 from segtrust.sample import sample
 from segtrust.sources import Source
-from segtrust.volumes import bounding_box, read_reference
+from segtrust.volumes import read_reference
 
 RATES = (0.01, 0.02, 0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5)  # tried for `rate: auto`
 MAX_DELTA_DICE = 0.01
@@ -142,19 +142,6 @@ def _of_region(mean, deterministic, variance, reference, spacing_mm):
         found["squared_error"] = ((y - p) ** 2).mean()
         found["variance"] = variance[near].mean(dtype=np.float64)
     return found
-
-
-def predicted_5mm(predicted, spacing_mm):
-    """Return the mask `predicted_5mm`, bool (x, y, z), of a prediction, bool (x, y, z) (definitions, section 3)."""
-    from scipy.ndimage import distance_transform_edt  # not at the top: sampling jobs import this module
-
-    near = np.zeros_like(predicted)
-    inner = bounding_box(predicted)
-    if inner is not None:
-        margins = [int(DILATION_MM / side) + 1 for side in spacing_mm]
-        around = padded(inner, margins, predicted.shape)
-        near[around] = within(distance_transform_edt(~predicted[around], spacing_mm), DILATION_MM)
-    return near
 
 
 def point(rate, found):

@@ -5,7 +5,7 @@ import yaml
 
 from segtrust.bundle import read_bundle
 from segtrust.config import checked_config
-from segtrust.dropout import KINDS, matching, silence, without_numbers
+from segtrust.dropout import KINDS, matching, names_of_layers, silence, without_numbers
 from segtrust.errors import SegtrustError
 from segtrust.networks import build, divisor
 from segtrust.preprocess import MODALITIES
@@ -60,7 +60,8 @@ def layer_table(network, window, stochastic):
     shapes = _output_shapes(network, image_shape)
     inject = stochastic.get("inject", {"after": []})
     layers = {name: layer for name, layer in network.named_modules(remove_duplicate=False) if name}
-    followed = matching(layers, inject["after"])
+    names = names_of_layers(network)
+    followed = matching(names, inject["after"])
     rows = [("output", "class", "dropout", "layer")]
     for name, layer in layers.items():
         dropout = [f"{KINDS[type(layer)]} {layer.p:g}"] if type(layer) in KINDS and layer.p > 0 else []
@@ -73,7 +74,7 @@ def layer_table(network, window, stochastic):
         "  ".join([*(cell.ljust(width) for cell, width in zip(row[:3], widths, strict=True)), row[3]]) for row in rows
     ]
     lines += ["", *LEGEND]
-    unmatched = [pattern for pattern in inject["after"] if not matching(layers, [pattern])]
+    unmatched = [pattern for pattern in inject["after"] if not matching(names, [pattern])]
     lines += [f"stochastic.inject.after: no layer is named {pattern}" for pattern in unmatched]
     return "\n".join(lines)
 

@@ -4,6 +4,7 @@ A voxel's membership in all masks of a region is one uint16: bit k stands for `M
 """
 
 import numpy as np
+from scipy import ndimage
 
 from segtrust.volumes import bounding_box
 
@@ -74,3 +75,17 @@ def band_index(distance_reference):
     band = np.searchsorted(np.array(BAND_EDGES_MM[1:-1]) * _ROUNDING, np.abs(distance), side="left")
     band = band + np.where(distance > 0, len(_WIDTHS), 0)
     return np.where(np.isnan(distance), -1, band)
+
+
+def predicted_5mm(predicted, spacing_mm):
+    """Return the mask `predicted_5mm` of a predicted region, bool (x, y, z).
+
+    predicted : bool (x, y, z); spacing_mm : (3,)
+    """
+    near = np.zeros_like(predicted)
+    inner = bounding_box(predicted)
+    if inner is not None:
+        margins = [int(DILATION_MM / side) + 1 for side in spacing_mm]
+        around = padded(inner, margins, predicted.shape)
+        near[around] = within(ndimage.distance_transform_edt(~predicted[around], spacing_mm), DILATION_MM)
+    return near

@@ -128,8 +128,27 @@ def read_models(config):
             f"models.{name}: the weights of {other} are in the ensemble twice; it needs different ones."
             for other in sorted({other for other in trained if trained.count(other) > 1})
         ]
+        problems += [f"models.{name}: {problem}" for problem in _misfits(model, models)]
     raise_if_any(problems)
     return models
+
+
+def _misfits(model, models):
+    """Yield what is wrong with taking weights that are trained here for other models."""
+    trained = [models[name] for weights in model.members if (name := weights.trained_as) in models]
+    for other in trained:
+        pairs = {"network": (model.settings["network"], other.settings["network"])}
+        pairs |= {
+            key: (model.settings["sample"][key], other.settings["sample"][key]) for key in ("channels", "outputs")
+        }
+        for key in [key for key, (own, theirs) in pairs.items() if own != theirs]:
+            yield f"the checkpoint of {other.name!r} was trained with another {key}; give the same."
+    for first, second in combinations(trained, 2):
+        if first.name != second.name and first.train_settings == second.train_settings:
+            yield (
+                f"{first.name!r} and {second.name!r} are the same training, and give the same weights; an ensemble "
+                "needs different ones (train: {seed: …})."
+            )
 
 
 def _model(name, entry, config):
@@ -144,6 +163,8 @@ def _model(name, entry, config):
         view = {**view_defaults(), **said, **view}
         checkpoint = checkpoint or str(bundle["checkpoint"])
     stochastic = entry["stochastic"]
+    if stochastic["masks"] == "per_window" and view["window"] is None:
+        raise SegtrustError("masks: per_window needs a window.")
     settings = {
         "network": network,
         "stochastic": {"dropout": stochastic["dropout"], "inject": stochastic.get("inject")},

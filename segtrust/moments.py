@@ -232,10 +232,13 @@ class TensorAccumulator(Accumulator):
     """An Accumulator of tensors, which sums where they are: 20 passes of a GPU need not travel."""
 
     def _zeros(self, block):
-        return dict.fromkeys(_SUMS)
+        # 32 bits with a sign hold the sums of 127 passes
+        return {"wide": "int32" if block[1] - block[0] <= 127 else "int64", **dict.fromkeys(_SUMS)}
 
     def _add(self, sums, probability):
         import torch
+
+        wide = getattr(torch, sums["wide"])
 
         probability = probability.float()
         steps = (probability * 2**24).round().to(torch.int64)
@@ -248,6 +251,7 @@ class TensorAccumulator(Accumulator):
             "votes": (probability >= 0.5).to(torch.int64),
         }
         for name, term in terms.items():
+            term = term.to(wide)
             sums[name] = term if sums[name] is None else sums[name].add_(term)
 
     def _counts(self, votes):

@@ -100,11 +100,17 @@ def with_dropout(network, stochastic, rate):
     return network
 
 
-def check_sampling(network, *, dropout, inject=None, **_):
-    """Raise SegtrustError where passes with dropout are asked of a network that has none: before hours of training.
+def check_sampling(models, trained):
+    """Raise SegtrustError where passes cannot be drawn of a network that is to be trained: before hours of training.
 
-    network : as for `build`; dropout, inject and further keys : of the model's `stochastic` in the config
+    models : `config["models"]`; trained : name of the model that is trained; those that take its weights count too
     """
+    for name, entry in models.items():
+        if name == trained or entry.get("checkpoint") == {"model": trained}:
+            _check_dropout(models[trained]["network"], **entry["stochastic"])
+
+
+def _check_dropout(network, *, dropout, inject=None, **_):
     if dropout or inject:
         rate = inject and (inject["rate"] if inject["rate"] != "auto" else 0.5)
         built = with_dropout(build(network, seed=0), {"dropout": dropout, "inject": inject}, rate)
@@ -200,7 +206,7 @@ def divisor(network, in_channels):
             shape = (in_channels, side, side, side)
             try:
                 found = output_sides(on_trial(network, shape), shape)
-            except (RuntimeError, ValueError, AssertionError, IndexError):
+            except (RuntimeError, ValueError, AssertionError, IndexError, TypeError, AttributeError):
                 continue
             if found == shape[1:]:
                 return candidate

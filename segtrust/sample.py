@@ -52,7 +52,7 @@ def sample(
     log : function that takes a line of text
 
     Memory does not depend on the number of passes. Raises SegtrustError when several passes are asked for and no
-    dropout layer is active, and when the network does not take the window.
+    dropout layer is active, when the network does not take the window, and when a single pass does not fit.
     """
     if passes.stop > 1 and not backend.layers:
         raise SegtrustError(
@@ -97,19 +97,26 @@ def sample(
         began = time.perf_counter()
         accumulator.set_deterministic(region_probability(logits_of(None, 1), outputs)[0])
         log(f"{patient}: deterministic pass, {time.perf_counter() - began:.1f} s")
-    if batch == "auto":
-        batch = backend.batch(lambda: logits_of(None, 1), int(np.prod(seen.image.shape[1:])))
+    if not backend.layers:
+        batch = 1  # there is one pass
+    elif batch == "auto":
+        batch = backend.batch(lambda: logits_of(None, 1), int(np.prod(window or seen.image.shape[1:])))
     first = passes.start
     while first < passes.stop:
         began = time.perf_counter()
         numbers = list(range(first, min(first + batch, passes.stop)))
         n_filled = batch if backend.device == "cpu" else len(numbers)
         computed = numbers + numbers[-1:] * (n_filled - len(numbers))
+        logits = None
         try:
             logits = logits_of(computed, max(batch // n_filled, 1))
         except backend.out_of_memory:
             if batch == 1:
-                raise
+                raise SegtrustError(
+                    f"{patient}: one pass of {size} voxels does not fit the memory of the {backend.device}; "
+                    "give a smaller window or crop, or device: cpu"
+                ) from None
+        if logits is None:  # out here nothing holds on to what was computed
             batch //= 2
             backend.after_out_of_memory()
             log(f"{patient}: out of memory; going on with batches of {batch}")

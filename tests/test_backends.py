@@ -184,7 +184,7 @@ def test_a_single_pass_that_does_not_fit_is_an_error(monkeypatch):
     backend = on_torch(a_network())
     monkeypatch.setattr(backend, "out_of_memory", (MemoryError,))
     monkeypatch.setattr(backend, "predict", lambda images, held: (_ for _ in ()).throw(MemoryError))
-    with pytest.raises(MemoryError):
+    with pytest.raises(SegtrustError, match=r"a: one pass of 20×16×20 voxels does not fit the memory"):
         draw(range(1, 3), backend=backend, batch=2)
 
 
@@ -201,6 +201,19 @@ def test_windows_fill_a_batch_that_passes_leave_open():
     found = draw(range(2), backend=spied, window=[8, 8, 8], batch=8)
     assert max(sizes) == 8
     close(found, whole)
+
+
+@pytest.mark.parametrize("n_outputs", [3, 4])
+def test_tensors_of_a_gpu_are_summed_as_arrays_are(n_outputs):
+    network = {"name": "UNet-Res", "channels": [4, 8], "strides": [2], "out_channels": n_outputs}
+    outputs = ["TC", "WT", "ET"] if n_outputs == 3 else {"softmax": ["background", "NCR", "ED", "ET"]}
+    backend = on_torch(build(network, seed=2))
+    whole = draw(range(6), backend=backend, outputs=outputs)
+    backend.device = "gpu"  # what it returns then are tensors, made in inference mode; they lie on the CPU
+    found = draw(range(6), backend=backend, outputs=outputs, batch=4)
+    close(found, whole)
+    for key, sums in found.sums.items():
+        assert {name: array.dtype for name, array in sums.items()} == {n: a.dtype for n, a in whole.sums[key].items()}
 
 
 def test_a_mask_for_every_window_makes_the_variance_too_small_where_windows_overlap():

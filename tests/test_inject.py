@@ -16,7 +16,8 @@ from segtrust.draws import Layer, draw_masks, multipliers
 from segtrust.dropout import Stochastic, inject, matching, silence
 from segtrust.errors import PatientError, SegtrustError
 from segtrust.files import canonical_json, write_json
-from segtrust.inject import RATES, Calibration, choose, fit, point, predicted_5mm, scale_of
+from segtrust.inject import RATES, Calibration, choose, fit, point, scale_of
+from segtrust.masks import predicted_5mm
 from segtrust.networks import build, with_dropout
 from segtrust.preprocess import MODALITIES, Preprocessed, preprocess, read_modalities, write_preprocessed
 from segtrust.regions import REGIONS, canonical_labels

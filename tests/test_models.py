@@ -142,7 +142,7 @@ def test_members_trained_here_are_of_the_same_network():
         "t": {"network": {"name": "SegResNet-BraTS"}, "train": {}},
         "m": {"network": NETWORK, "train": {}, "stochastic": {"ensemble": [{"model": "t"}]}},
     }
-    with pytest.raises(Problems, match="the checkpoint of 't' is of another network"):
+    with pytest.raises(Problems, match="the checkpoint of 't' was trained with another network"):
         models(entries)
 
 
@@ -152,3 +152,36 @@ def test_a_training_may_have_a_seed_of_its_own():
     assert [found[name].train_settings["seed"] for name in "ab"] == [1, 2]
     assert found["a"].train_settings["train"] == found["b"].train_settings["train"]
     assert found["a"].settings["sample"]["seed"] == found["b"].settings["sample"]["seed"]
+
+
+@pytest.mark.parametrize(
+    "other",
+    [{"channels": ["t1", "t1ce", "t2", "flair"]}, {"outputs": ["WT", "TC", "ET"]}],
+    ids=lambda other: next(iter(other)),
+)
+def test_members_trained_here_see_and_return_the_same(other):
+    entries = {
+        "t": {"network": NETWORK, "train": {}, **other},
+        "m": {"network": NETWORK, "checkpoint": {"model": "t"}},
+    }
+    with pytest.raises(Problems, match=f"trained with another {next(iter(other))}"):
+        models(entries)
+
+
+def test_the_same_training_twice_is_no_ensemble():
+    trained = {"network": NETWORK, "train": {}}
+    entries = {"t": trained, "m": {**trained, "stochastic": {"ensemble": [{"model": "t"}]}}}
+    with pytest.raises(Problems, match="are the same training"):
+        models(entries)
+    entries["m"]["train"] = {"seed": 1}
+    assert len(models(entries)["m"].members) == 2
+
+
+def test_masks_of_windows_need_a_window(tmp_path):
+    with pytest.raises(Problems, match="per_window needs a window"):
+        stochastic(tmp_path, masks="per_window")
+
+
+def test_a_rate_is_not_chosen_on_passes_too_few_to_vary(tmp_path):
+    with pytest.raises(Problems, match=r"inject\.rate auto needs at least 5 passes"):
+        stochastic(tmp_path, inject={"after": ["model.0"], "rate": "auto"}, passes=2)

@@ -3,6 +3,7 @@
 import json
 import pickle
 
+import nibabel as nib
 import numpy as np
 import pandas as pd
 import pytest
@@ -184,3 +185,20 @@ def test_an_npz_without_its_properties_stops_before_anything_runs(study):
         assert "p4: an .npz is read with nnU-Net's properties file" in snakemake(study, "-n", expect=1)
     finally:
         hidden.write_bytes(content)
+
+
+def test_passes_depend_on_the_rate_and_on_nothing_else_that_is_fitted(study):
+    # a corrected reference in the calibration split: the rate is chosen anew, and comes out the same
+    path = study / "data/p2/p2_seg.nii.gz"
+    content = path.read_bytes()
+    image = nib.load(path)
+    codes = np.asanyarray(image.dataobj).copy()
+    codes[5, 6, 4] = 0
+    nib.save(nib.Nifti1Image(codes, image.affine), path)
+    before = {name: (study / f"results/injected/inject/{name}.json").read_text() for name in ("rate", "chosen")}
+    snakemake(study, "results/injected/inject/rate.json")
+    after = {name: (study / f"results/injected/inject/{name}.json").read_text() for name in ("rate", "chosen")}
+    assert after["rate"] != before["rate"]
+    assert after["chosen"] == before["chosen"]
+    assert "sample" not in planned(study)
+    path.write_bytes(content)

@@ -124,7 +124,7 @@ def weights_of(wildcards):
     """Return the weights of a source, and the file of the rate of dropout where that is chosen here."""
     model = model_of(wildcards)
     automatic = model.inject and model.inject["rate"] == "auto"
-    rate = {"rate": f"results/{wildcards.model}/inject/rate.json"} if automatic else {}
+    rate = {"rate": f"results/{wildcards.model}/inject/chosen.json"} if automatic else {}
     return {**inputs_of(model.weights_of(wildcards.source)), **rate}
 
 

@@ -4,7 +4,7 @@ It draws as many passes per patient and rate as a source of the model gives; ano
 choose anew, so that the passes already drawn stay.
 
 in:   the first member's weights, results/preprocessed/{patient}.safetensors and the references of split calibration
-out:  results/{model}/inject/rate.json
+out:  results/{model}/inject/rate.json, and the rate alone in chosen.json: passes depend on nothing else of it
 """
 
 
@@ -15,6 +15,7 @@ rule inject:
         references=references_of(STUDY.fitting),
     output:
         rate="results/{model}/inject/rate.json",
+        chosen="results/{model}/inject/chosen.json",
     log:
         "logs/inject/{model}.log",
     benchmark:

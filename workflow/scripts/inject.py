@@ -38,4 +38,5 @@ with job(snakemake, "inject"):
         "code": snakemake.params.code,
     }
     provenance = {"model": model, "versions": versions()}
+    write_json(snakemake.output.chosen, {"rate": result["rate"]})
     write_json(snakemake.output.rate, {**result, "provenance": provenance})

@@ -15,7 +15,7 @@ with job(snakemake, "train"):
     torch.set_num_threads(snakemake.threads)
     settings = json.loads(snakemake.params.settings)
     network = build(settings["network"], settings["seed"])
-    check_sampling(settings["network"], **snakemake.config["models"][snakemake.wildcards.model]["stochastic"])
+    check_sampling(snakemake.config["models"], snakemake.wildcards.model)
     curve = train(
         network,
         Cases(snakemake.input.scans, snakemake.input.references, **snakemake.params.training),
