@@ -21,7 +21,7 @@ help:
 	touch $@
 
 demo: .venv/ready
-	test -e demo/patients.tsv || $(BIN)/segtrust phantom demo --patients 32 --shape 64 72 56 --seed 1 --train 16 --validation 4 --calibration 2
+	test -e demo/patients.tsv || $(BIN)/segtrust phantom demo --patients 30 --shape 64 72 56 --seed 1 --train 16 --validation 4
 	$(BIN)/segtrust run . --profile local --cores $(CORES) --set-threads train=1  # trainings side by side
 	@echo "Report: results/report/index.html    Tables: results/<model>/cohort/"
 
