@@ -7,7 +7,7 @@ SHELL = /bin/bash
 .PHONY: help demo test test-fast lint format bench-tally bench-sample clean
 
 help:
-	@echo "make demo       draw a demo cohort, train small networks, evaluate them (5 to 10 minutes on 2 cores)"
+	@echo "make demo       draw a demo cohort, train small networks, evaluate them (about 8 minutes on 2 cores)"
 	@echo "make test       all tests;  make test-fast: the inner loop, under 2 minutes"
 	@echo "make lint       ruff, snakefmt, snakemake --lint;  make format: let them mend what they can"
 	@echo "make bench-tally   time the tally of a full-size patient beside scikit-learn"

@@ -17,7 +17,6 @@ from segtrust.errors import SegtrustError
 from segtrust.files import read_json, write_json
 from segtrust.provenance import code_digest, settings_digest, versions
 
-BACKENDS = ("auto", "torch", "openvino")
 # probabilities of both backends, on random masks
 LARGEST_DIFFERENCE = 1e-3
 _SMALL_VOLUME = 2_000_000
@@ -191,8 +190,8 @@ def open_backend(weights, *, digest, settings, rate, device, threads, cache, log
     """Return the backend that computes a model's network.
 
     weights : path of the checkpoint; digest : of its content
-    settings : as of `models.Model`; its `backend` is one of `BACKENDS`, of which "auto" takes OpenVINO on CPUs where it
-        is installed
+    settings : as of `models.Model`; its `backend` is "torch", "openvino" or "auto", which takes OpenVINO on CPUs
+        where it is installed
     rate : of injected dropout, or None
     device : "auto", "cuda" or "cpu"
     threads : of the processor

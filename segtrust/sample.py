@@ -15,8 +15,6 @@ from segtrust.moments import Accumulator, TensorAccumulator
 from segtrust.outputs import region_probability
 from segtrust.windows import slide, view
 
-MASKS = ("independent", "balanced", "per_window")
-
 
 def sample(
     scan,
