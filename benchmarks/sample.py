@@ -245,10 +245,10 @@ def main():
         )
     print()
     print(f"RMSE to {REFERENCE_PASSES} passes (mean probability | entropy, bits | mean variance), {TRIALS} trials")
-    for passes in COMPARED_PASSES:
-        cells = [f"{kind} " + " | ".join(f"{value:.2e}" for value in balanced["rmse"][f"{kind} {passes}"])
+    for compared in COMPARED_PASSES:
+        cells = [f"{kind} " + " | ".join(f"{value:.2e}" for value in balanced["rmse"][f"{kind} {compared}"])
                  for kind in ("independent", "balanced")]  # fmt: skip
-        print(f"  T = {passes:<4}" + "    ".join(cells))
+        print(f"  T = {compared:<4}" + "    ".join(cells))
     # the fastest precision that the device computes
     ending = ", bfloat16" if results["cropped, bfloat16"]["precision"] == "bfloat16" else ""
     same, cropped = results[f"same geometry{ending}"], results[f"cropped{ending}"]

@@ -12,13 +12,15 @@ import pandas as pd
 import pyarrow as pa
 
 from segtrust import alarms, intervals, metrics, strata
-from segtrust.convergence import CONVERGENCE_MASKS, CONVERGENCE_MEASURES
+from segtrust.bins import score_of_coarse
 from segtrust.errors import Problems, SegtrustError
 from segtrust.masks import BANDS, CONDITIONAL_ON_REFERENCE, DEPENDS_ON_MODEL, MASKS
 from segtrust.measures import ENTROPY_4CLASS, MEASURES, MEMBER_MEASURES, OWN_ERRORS
 from segtrust.patients import AGREEMENT_COLUMNS, CASE_COLUMNS
+from segtrust.pool import SCORE_STEP, HeldTally, Subset, pooled_metrics
 from segtrust.regions import REGIONS
-from segtrust.tally import ALL, CLASS_KINDS, DETERMINISTIC, JOINT_MASKS, PROBABILITY
+from segtrust.tally import ALL, DETERMINISTIC, PROBABILITY, Tally
+from segtrust.values import CLASS_PROBABILITY, COUNTS, RETENTION, TOP_LABEL, Key
 
 METRICS_SCHEMA = pa.schema(
     [
@@ -63,6 +65,8 @@ STRATA_SCHEMA = pa.schema(
         ("ci_high", pa.float64()),
         ("score_low", pa.float64()),
         ("score_high", pa.float64()),
+        ("group", pa.string()),
+        ("group_value", pa.string()),
     ]
 )
 CURVES_SCHEMA = pa.schema(
@@ -97,9 +101,15 @@ PREDICTED_VOLUME = "predicted_volume"
 SCALED_MEASURES = ("mutual_information", "variance")
 CONVERGENCE_BINS = (15,)
 
+# the score whose strata are tested; those of all others have an interval and no p
+PRIMARY = ("predicted_5mm_mean", "entropy")
+# a column of the sheet makes groups when it has at most so many values
+MOST_GROUPS = 12
+LEAST_CASES_OF_GROUP = 10
+TOO_SMALL = f"none: fewer than {LEAST_CASES_OF_GROUP} cases in the group"
+
 AGREEING = ("preprocess", "model", "voxels", "tally")
 LEAST_PASSES_FOR_VOLUMES = 19
-RESAMPLED_SCORE_BINS = 1_024
 CURVE_POINTS = 101
 
 
@@ -107,19 +117,31 @@ CURVE_POINTS = 101
 class Evaluated:
     """What the tables are made of: one entry of each list per test patient, sorted by name.
 
-    tallies : list of Tally; patients : DataFrame with `patient`, `subject` and further columns
-    draws : intervals.Draws; model : name; passes : int, the most passes of any patient
+    sources : list of `pool.HeldTally` or `pool.StoredTally`; patients : DataFrame with `patient`, `subject` and further
+    columns; draws : intervals.Draws; model : name; passes : int, the most passes of any patient; n_bins : list
+    threads : of the processor
     """
 
-    tallies: list
+    sources: list
     patients: pd.DataFrame
     draws: intervals.Draws
     model: str
     passes: int
+    n_bins: list
+    threads: int
 
     @property
     def names(self):
         return list(self.patients["patient"])
+
+    @property
+    def tallies(self):
+        return [source.tally for source in self.sources]
+
+    @property
+    def available(self):
+        """Return the series that all patients have."""
+        return frozenset.intersection(*(tally.available for tally in self.tallies))
 
     @property
     def measures(self):
@@ -127,20 +149,44 @@ class Evaluated:
         held = set().union(*(tally.available for tally in self.tallies))
         return (*MEASURES, *(measure for measure in MEMBER_MEASURES if measure in held))
 
+    def on(self, subset):
+        """Return the evaluated patients of a subset."""
+        return replace(
+            self,
+            sources=[self.sources[case] for case in subset.cases],
+            patients=self.patients.iloc[subset.cases].reset_index(drop=True),
+            draws=subset.draws,
+        )
 
-def cohort(tallies, patients, *, model, n_resamples, failure_dice, seed, n_bins, scales=None):
+
+def cohort(
+    tallies,
+    patients,
+    *,
+    model,
+    n_resamples,
+    failure_dice,
+    seed,
+    n_bins,
+    scales=None,
+    groups=(),
+    threads=1,
+):
     """Return the tables of one model's cohort.
 
-    tallies : list of Tally, one per patient
+    tallies : list, one per patient, of Tally, or of `pool.StoredTally`, which takes less memory
     patients : DataFrame with a row per tally in the same order: `patient`, `subject`, `split`, and further columns
     model : name; n_resamples, seed : of the bootstrap; failure_dice : a Dice below it is a failure
     n_bins : list of numbers of bins of calibration metrics
     scales : dict from region to the factor > 0 that mutual information and variance are also given with, as
         `<measure>_scaled`, None for a region without one; or None
+    groups : columns of `patients`; every value of each has the rows of the whole cohort too. Or "auto": all further
+        columns that have between 2 and 12 values
+    threads : of the processor
 
     Returns a dict: `metrics`, `patients`, `strata`, `curves` (pyarrow Tables) and `alarms` (list of dicts). Only
-    patients of the split `test` enter; those of `calibration` set the cut-offs of strata. Their order does not
-    matter. Raises SegtrustError when there is no test patient.
+    patients of the split `test` enter; those of `calibration` set the cut-offs of strata and thresholds of uncertainty.
+    Their order does not matter. Raises SegtrustError when there is no test patient.
     """
     patients = patients.reset_index(drop=True)
     order = patients.sort_values("patient", kind="stable").index
@@ -150,34 +196,39 @@ def cohort(tallies, patients, *, model, n_resamples, failure_dice, seed, n_bins,
             f"{model}: no patient of the split `test` has a reference, so there is nothing to evaluate. "
             "Give `seg` and `split: test` in the patient sheet."
         )
+    sources = [HeldTally(tally) if isinstance(tally, Tally) else tally for tally in tallies]
     evaluated = Evaluated(
-        tallies=[tallies[k] for k in test],
+        sources=[sources[k] for k in test],
         patients=patients.loc[test].reset_index(drop=True),
         draws=intervals.draw(patients.loc[test, "subject"], n_resamples, seed),
         model=model,
-        passes=max(int(tallies[k].scalars["passes"]) for k in test),
+        passes=max(int(sources[k].tally.scalars["passes"]) for k in test),
+        n_bins=list(n_bins),
+        threads=threads,
     )
-    rows, curves, found = _Rows(evaluated), _Curves(model), []
-    tables = {region: _cases(evaluated.tallies, region) for region in REGIONS}
-    for region in (*REGIONS, ALL):
-        for band in BANDS if region != ALL else ():
-            _discrimination(rows, curves, evaluated, region, band, "entropy")
-        for mask in MASKS:
-            for measure in (ENTROPY_4CLASS,) if region == ALL else (*evaluated.measures, OWN_ERRORS):
-                _discrimination(rows, curves, evaluated, region, mask, measure)
-            for kind in (PROBABILITY, DETERMINISTIC):
-                found += _calibration(rows, curves, evaluated, region, mask, kind, n_bins, tables.get(region))
-    _two_views(rows, evaluated)
+    fitting = [sources[k] for k in fitting]
+    subsets = _subsets(evaluated, groups, n_resamples, seed)
+    rows, curves = _Rows(evaluated), _Curves(model)
+    tables = {region: _cases(evaluated.sources, region) for region in REGIONS}
+    of_calibration = {region: _cases(fitting, region)["scores"] for region in REGIONS}
+    found = _voxel_metrics(rows, curves, evaluated, subsets, fitting, tables)
+    _mean_curves(curves, evaluated)
     stratum_rows = []
-    for region, table in tables.items():
-        _segmentation(rows, evaluated, region, table)
-        _qu_brats(rows, curves, evaluated, region)
-        _retention(rows, curves, evaluated, region)
-        _boundary(rows, evaluated, region)
-        calibration = _cases([tallies[k] for k in fitting], region)
-        for key in table["scores"]:
-            fitted = calibration["scores"].get(key, np.empty(0))
-            stratum_rows += _triage(rows, curves, evaluated, region, table, key, fitted, failure_dice, seed)
+    for number, subset in enumerate(subsets):
+        part, keys = evaluated.on(subset), {"group": subset.group, "group_value": subset.group_value}
+        _two_views(rows, part, keys)
+        for region, table in tables.items():
+            own = _of_cases(table, subset.cases)
+            volumes = {"predicted_volume": own["volume_ml"], "reference_volume": own["reference_ml"]}
+            cases = strata.Cases(own["dice"], volumes, subset.draws, part.patients["subject"], failure_dice)
+            _segmentation(rows, part, region, own, keys)
+            for key, scores in own["scores"].items():
+                fitted = of_calibration[region].get(key, np.empty(0))
+                cut = strata.Cutoffs.of(fitted, table["scores"][key], anew=not number)
+                tested = seed if not number and key == PRIMARY else None
+                stratum_rows += _triage(rows, part, region, own, key, scores, cases, cut, tested, keys)
+                if not number:
+                    _risk_coverage(curves, region, own, key, scores)
     if scales:
         rows.add_scaled(scales)
     return {
@@ -187,6 +238,35 @@ def cohort(tallies, patients, *, model, n_resamples, failure_dice, seed, n_bins,
         "curves": curves.table(),
         "alarms": found + _alarms(evaluated, tables),
     }
+
+
+def _subsets(evaluated, groups, n_resamples, seed):
+    """Return the whole cohort and its groups; a group of fewer than 10 cases has no draws, and so no intervals."""
+    patients = evaluated.patients
+    if groups == "auto":
+        known = {"patient", "subject", "split", "coding"}
+        groups = [
+            name
+            for name in patients
+            if name not in known and 2 <= patients[name].replace("", None).nunique() <= MOST_GROUPS
+        ]
+    missing = [name for name in groups if name not in patients]
+    if missing:
+        raise SegtrustError(
+            f"groups by {', '.join(missing)} were asked for, but the patient sheet has no such column; its further "
+            f"columns are {', '.join(patients.columns[4:]) or 'none'}"
+        )
+    subsets = [Subset(np.arange(len(patients)), evaluated.draws)]
+    for name in groups:
+        text = patients[name].astype(object).where(patients[name].notna(), "").astype(str)
+        for value in sorted(set(text) - {""}):
+            cases = np.flatnonzero(text == value)
+            enough = len(cases) >= LEAST_CASES_OF_GROUP
+            # groups are drawn independently of each other
+            stream = [seed, *f"{name}={value}".encode()]
+            draws = intervals.draw(patients["subject"].iloc[cases], n_resamples, stream) if enough else None
+            subsets.append(Subset(cases, draws, name, value))
+    return subsets
 
 
 def check_agreement(provenances):
@@ -255,7 +335,7 @@ class _Rows:
             scaled, factor = row | {"measure": f"{row['measure']}_scaled"}, scales[row["region"]]
             if not factor:
                 scaled |= {**dict.fromkeys(numbers, np.nan), "n_cases": 0, "interval": "none: no scale could be fitted"}
-            elif row["metric"] == "mean_uncertainty":
+            elif row["metric"] in ("mean_uncertainty", "ue_dice_threshold"):
                 scaled |= {name: factor * row[name] for name in numbers}
             self._rows.append(scaled)
 
@@ -323,14 +403,14 @@ def _add_patient_means(rows, evaluated, values, ranges, n_voxels, **keys):
     """
     table = np.stack(list(values.values()), axis=1)
     bounds = np.array([ranges.get(metric, (0, 1)) for metric, _ in values], np.float64)
-    interval = intervals.studentised(table, evaluated.draws, bounds[:, 0], bounds[:, 1])
+    interval = _studentised(table, evaluated.draws, bounds)
     exists = np.isfinite(table)
     for column, (metric, bins) in enumerate(values):
         here = exists[:, column]
         rows.add(
             metric,
             float(table[here, column].mean()) if here.any() else np.nan,
-            _at(interval, column),
+            interval[column],
             here.sum(),
             pooling="patient_mean",
             n_bins=bins,
@@ -339,147 +419,262 @@ def _add_patient_means(rows, evaluated, values, ranges, n_voxels, **keys):
         )
 
 
+def _studentised(table, draws, bounds):
+    """Return a list of intervals, one per column of (n_cases, columns); without draws there are none."""
+    if draws is None:
+        return [_nothing(TOO_SMALL)] * table.shape[1]
+    found = []
+    for first in range(0, table.shape[1], COLUMNS_AT_ONCE):
+        part = slice(first, first + COLUMNS_AT_ONCE)
+        interval = intervals.studentised(table[:, part], draws, bounds[part, 0], bounds[part, 1])
+        found += [_at(interval, column) for column in range(len(interval.low))]
+    return found
+
+
 def _at(interval, place):
     low, high, bias, label = (field[place] for field in interval)
     return intervals.Intervals(float(low), float(high), float(bias), str(label))
 
 
-def _add_pooled(rows, evaluated, values, resampled, n_voxels, **keys):
-    """Add a row per metric of the pooled voxels.
+def _nothing(label):
+    return intervals.Intervals(np.nan, np.nan, np.nan, label)
 
-    values : {(metric, n_bins): float}; resampled : same keys, float64 (n_resamples,), to be shifted to the value where
-    they come from coarser bins; n_voxels : int64 (n_cases,)
+
+# --- metrics of voxels --------------------------------------------------------------------------------------------
+
+COLUMNS_AT_ONCE = 256
+DISCRIMINATION = ("auroc", "aupr", "error_rate", "mean_uncertainty")
+VALUE_RANGES = {
+    "gap": (-1, 1),
+    "nll": (0, np.inf),
+    "brier_skill": (-np.inf, 1),
+    "pearson_with_loss": (-1, 1),
+    "spearman_with_loss": (-1, 1),
+    "retention_area_normalised": (-np.inf, 1),
+    "calibration_intercept": (-np.inf, np.inf),
+    "calibration_slope": (-np.inf, np.inf),
+}
+BOUND = _nothing("none: a bound")
+
+
+def _voxel_metrics(rows, curves, evaluated, subsets, fitting, tables):
+    """Add the rows of every metric of voxels, of each patient and pooled, and their curves; return alarms.
+
+    curves, tables : None for the tallies after fewer passes
     """
-    n_subjects = evaluated.draws.count_subjects(n_voxels > 0)
-    for (metric, bins), value in values.items():
-        method = intervals.basic if metric.startswith(("ece_", "ace_", "mce_")) else intervals.percentile
-        rows.add(
-            metric,
-            float(value),
-            method(value, resampled[metric, bins], n_subjects),
-            (n_voxels > 0).sum(),
-            pooling="pooled",
-            n_bins=bins,
-            n_voxels=n_voxels.sum(),
-            **keys,
-        )
-
-
-# --- does uncertainty rank errors? --------------------------------------------------------------------------------
-
-
-def _discrimination(rows, curves, evaluated, region, mask, measure):
-    """Add the rows and curves of one measure on one mask; curves : None for brief tallies."""
-    keys = {"region": region, "mask": mask, "measure": measure}
-    counts = [tally.scores(region, mask, measure) for tally in evaluated.tallies]
-    if any(count is None for count in counts):
-        _add_undefined(rows, ("auroc", "aupr", "error_rate", "mean_uncertainty"), **keys)
-        return
-    counts = np.stack(counts)
-    sums = np.stack([tally.score_sums(region, mask, measure) for tally in evaluated.tallies])
-    n_voxels = counts.sum(axis=(1, 2))
-    wrong, right = counts[..., 1] + counts[..., 2], counts[..., 0] + counts[..., 3]
-    total = counts.sum(axis=0)
-    per_case, pooled = _discrimination_values(sums, counts), _discrimination_values(sums.sum(axis=0), total)
-    weights = evaluated.draws.weights
-    drawn_sums, drawn = (
-        np.tensordot(weights, sums, 1),
-        np.tensordot(weights, counts.sum(axis=1, keepdims=True), 1),
+    brief, found = tables is None, []
+    means = [_means_by_row(evaluated.on(subset)) for subset in subsets]
+    run = pooled_metrics(
+        evaluated.sources,
+        subsets,
+        n_bins=evaluated.n_bins,
+        threads=evaluated.threads,
+        brief=brief,
+        fitting=fitting,
     )
-    n_wrong, n_right = weights @ wrong.sum(axis=1), weights @ right.sum(axis=1)
-    resampled = {
-        ("auroc", None): _ratio(_concordant(weights, wrong, right), n_wrong * n_right),
-        ("aupr", None): _resampled_aupr(weights, wrong, right, float(pooled["aupr", None])),
-        ("error_rate", None): _ratio(n_wrong, n_wrong + n_right),
-        ("mean_uncertainty", None): metrics.mean_uncertainty(drawn_sums, drawn),
-        ("pearson_with_loss", None): metrics.pearson_with_loss(drawn_sums, drawn),
-    }
-    if curves and mask in JOINT_MASKS:
-        joint = [metrics.spearman_with_loss(tally.joint(region, mask, measure)) for tally in evaluated.tallies]
-        per_case["spearman_with_loss", None] = np.array(joint)
-    ranges = {"pearson_with_loss": (-1, 1), "spearman_with_loss": (-1, 1)}
-    ranges |= {"mean_uncertainty": (-np.inf, 0) if measure == "boundary_proximity" else (0, 1)}
-    _add_patient_means(rows, evaluated, per_case, ranges, n_voxels, **keys)
-    _add_pooled(rows, evaluated, pooled, resampled, n_voxels, **keys)
-    _add_certificates(rows, counts, n_voxels, **keys)
-    if curves:
-        _ranking_curves(curves, total, keys)
+    for pooled in run:
+        subset, keys = subsets[pooled.subset], _keys(pooled, subsets)
+        place = pooled.region, pooled.mask, pooled.measure
+        _add_means(rows, means[pooled.subset].pop(place), **keys)
+        _add_pooled(rows, subset.draws, pooled, keys)
+        if pooled.ue_dice is not None and pooled.mask in MASKS and not brief:
+            _add_ue_dice(rows, subset.draws, pooled, keys)
+        if curves and not pooled.subset:
+            _pooled_curves(curves, evaluated.draws, pooled)
+            if pooled.measure in (PROBABILITY, DETERMINISTIC) and pooled.region in tables:
+                found += _feasibility(evaluated, pooled, tables[pooled.region])
+    for number, subset in enumerate(subsets):
+        keys = {"group": subset.group, "group_value": subset.group_value}
+        for (region, mask, measure), held in means[number].items():  # what is no metric of one mask
+            more = {"conditional_on_reference": True} if mask is None else {}
+            _add_means(rows, held, region=region, mask=mask, measure=measure, **keys, **more)
+        if not brief:
+            _add_undefined(rows, evaluated, keys)
+    return found
 
 
-def _discrimination_values(sums, counts):
-    return {
-        ("auroc", None): metrics.auroc(counts),
-        ("aupr", None): metrics.aupr(counts),
-        ("error_rate", None): metrics.error_rate(counts),
-        ("mean_uncertainty", None): metrics.mean_uncertainty(sums, counts),
-        ("pearson_with_loss", None): metrics.pearson_with_loss(sums, counts),
-    }
+def _keys(pooled, subsets):
+    subset = subsets[pooled.subset]
+    place = {"region": pooled.region, "mask": pooled.mask, "measure": pooled.measure}
+    return {**place, "group": subset.group, "group_value": subset.group_value}
 
 
-def _add_certificates(rows, counts, n_voxels, **keys):
-    """Add the most by which ties within bins can change the two rows of `auroc`."""
-    bound = intervals.Intervals(np.nan, np.nan, np.nan, "none: a bound")
-    each = metrics.auroc_certificate(counts)
-    exists = np.isfinite(each)
-    value = float(each[exists].mean()) if exists.any() else np.nan
-    keys |= {"metric": "auroc_certificate", "interval": bound}
-    rows.add(value=value, n_cases=exists.sum(), n_voxels=n_voxels[exists].sum(), pooling="patient_mean", **keys)
-    value = float(metrics.auroc_certificate(counts.sum(axis=0)))
-    rows.add(value=value, n_cases=(n_voxels > 0).sum(), n_voxels=n_voxels.sum(), pooling="pooled", **keys)
+def _means_by_row(evaluated):
+    """Return {(region, mask, measure): list of what a row of a patient mean holds}."""
+    keys = [
+        key
+        for key in evaluated.sources[0].metrics
+        if all(key in source.metrics for source in evaluated.sources) and key.n_bins in (None, *evaluated.n_bins)
+    ]
+    table = np.array([[source.metrics[key] for key in keys] for source in evaluated.sources])
+    column = {key: position for position, key in enumerate(keys)}
+    bounds = np.array([_range_of(key) for key in keys], np.float64)
+    held = _studentised(table, evaluated.draws, bounds)
+    rows = defaultdict(list)
+    for position, key in enumerate(keys):
+        if key.metric in COUNTS:
+            continue
+        here = np.isfinite(table[:, position])
+        # what is measured over bands has the voxels of all of them
+        counted = [
+            key._replace(mask=mask, metric="n_voxels", n_bins=None) for mask in ([key.mask] if key.mask else BANDS)
+        ]
+        voxels = [column[count] for count in counted if count in column]
+        rows[key.region, key.mask, key.measure].append(
+            {
+                "metric": key.metric,
+                "n_bins": key.n_bins,
+                "value": float(table[here, position].mean()) if here.any() else np.nan,
+                "interval": BOUND if key.metric == "auroc_certificate" else held[position],
+                "n_cases": int(here.sum()),
+                "n_voxels": int(table[here][:, voxels].sum()) if voxels else None,
+            }
+        )
+    return rows
 
 
-def _add_undefined(rows, names, **keys):
-    """Add null rows of metrics that do not exist in this cohort (no deterministic pass, a single pass)."""
-    nothing = intervals.Intervals(np.nan, np.nan, np.nan, "none: not defined for these passes")
-    for pooling in ("patient_mean", "pooled"):
-        for name in names:
-            rows.add(name, np.nan, nothing, 0, pooling=pooling, **keys)
+def _range_of(key):
+    if key.metric == "mean_uncertainty":
+        return (-np.inf, 0) if key.measure == "boundary_proximity" else (0, 1)
+    return VALUE_RANGES.get(key.metric, (0, 1))
+
+
+def _add_means(rows, held, **keys):
+    for row in held:
+        rows.add(pooling="patient_mean", **row, **keys)
+
+
+def _add_pooled(rows, draws, pooled, keys):
+    """Add a row per metric of the pooled voxels."""
+    here = pooled.n_voxels > 0
+    n_subjects = None if draws is None else draws.count_subjects(here)
+    for (metric, bins), value in pooled.metrics.items():
+        if metric in COUNTS:
+            continue
+        if metric == "auroc_certificate":
+            interval = BOUND
+        elif draws is None:
+            interval = _nothing(TOO_SMALL)
+        else:
+            method = intervals.basic if metric.startswith(("ece_", "ace_", "mce_")) else intervals.percentile
+            interval = method(value, pooled.resampled[metric, bins], n_subjects)
+        n_voxels = pooled.n_voxels.sum()
+        rows.add(metric, value, interval, here.sum(), pooling="pooled", n_bins=bins, n_voxels=n_voxels, **keys)
+
+
+def _add_ue_dice(rows, draws, pooled, keys):
+    """Add the Dice between uncertain voxels and errors, and the threshold above which a voxel is uncertain."""
+    dice = pooled.ue_dice
+    exists = np.isfinite(dice.per_case)
+    mean = float(dice.per_case[exists].mean()) if exists.any() else np.nan
+    if draws is None:
+        of_mean = of_pool = _nothing(TOO_SMALL)
+    else:
+        of_pool = intervals.percentile(dice.value, dice.resampled, draws.count_subjects(pooled.n_voxels > 0))
+        if dice.resampled_mean is not None:
+            of_mean = intervals.percentile(mean, dice.resampled_mean, draws.count_subjects(exists))
+        else:
+            of_mean = _at(intervals.studentised(dice.per_case[:, np.newaxis], draws, 0, 1), 0)
+    if dice.in_sample:
+        of_mean, of_pool = (_flagged(interval, "in_sample threshold") for interval in (of_mean, of_pool))
+    n_voxels, here = pooled.n_voxels, pooled.n_voxels > 0
+    used = n_voxels[exists].sum()
+    rows.add("ue_dice", mean, of_mean, exists.sum(), pooling="patient_mean", n_voxels=used, **keys)
+    rows.add("ue_dice", dice.value, of_pool, here.sum(), pooling="pooled", n_voxels=n_voxels.sum(), **keys)
+    threshold = score_of_coarse(dice.threshold, SCORE_STEP, pooled.measure) if n_voxels.any() else np.nan
+    label = (
+        _flagged(_nothing("none: a threshold"), "in_sample threshold")
+        if dice.in_sample
+        else _nothing("none: a threshold")
+    )
+    rows.add("ue_dice_threshold", threshold, label, here.sum(), pooling="pooled", n_voxels=n_voxels.sum(), **keys)
+
+
+def _flagged(interval, flag):
+    return interval._replace(label=f"{interval.label}; {flag}")
+
+
+def _add_undefined(rows, evaluated, keys):
+    """Add null rows of the measures that do not exist in this cohort (no deterministic pass, a single pass)."""
+    held, nothing = evaluated.available, _nothing("none: not defined for these passes")
+
+    def add(names, **more):
+        for pooling in ("patient_mean", "pooled"):
+            for name in names:
+                rows.add(name, np.nan, nothing, 0, pooling=pooling, **more, **keys)
+
+    for region in (*REGIONS, ALL):
+        measures = [measure for measure in (*evaluated.measures, OWN_ERRORS) if measure not in held]
+        kinds = [kind for kind in (PROBABILITY, DETERMINISTIC) if kind not in held]
+        if region == ALL:
+            measures = [ENTROPY_4CLASS] if ENTROPY_4CLASS not in held else []
+        for mask in MASKS:
+            for measure in measures:
+                add(DISCRIMINATION, region=region, mask=mask, measure=measure)
+            for kind in kinds:
+                place = {"region": region, "mask": mask, "measure": kind}
+                add(("gap", "accuracy", "mean_confidence"), **place)
+                for bins in evaluated.n_bins:
+                    add((*TOP_LABEL, *CLASS_PROBABILITY), n_bins=bins, **place)
+                if region != ALL:
+                    add(("brier", "brier_skill", "nll"), **place)
+        for measure in measures if region != ALL else ():
+            if measure != OWN_ERRORS:
+                for name in RETENTION:
+                    place = {"region": region, "mask": "brain", "measure": measure}
+                    rows.add(name, np.nan, nothing, 0, pooling="patient_mean", **place, **keys)
 
 
 def _ratio(part, whole):
     return np.divide(part, whole, out=np.full(np.shape(part), np.nan), where=whole > 0)
 
 
-def _concordant(weights, wrong, right):
-    """Return for each resample the pairs (wrong voxel, right voxel) in which the wrong one is more uncertain.
+def _feasibility(evaluated, pooled, table):
+    """Return alarms of cases whose calibration contradicts their Dice."""
+    region, mask, kind = pooled.region, pooled.mask, pooled.measure
+    measure, ending = ("entropy", "") if kind == PROBABILITY else (OWN_ERRORS, "_deterministic")
 
-    weights : float64 (n_resamples, n_cases); wrong, right : int64 (n_cases, n_score_bins), uncertainty ascending
+    def each(*key):
+        return np.array([source.metrics[Key(region, mask, *key)] for source in evaluated.sources])
 
-    Pairs are counted once between every two cases; a resample is then a quadratic form in its weights. Ties within a
-    bin count one half.
-    """
-    below = np.cumsum(right, axis=1) - right / 2
-    pairs = wrong.astype(np.float64) @ below.T
-    return ((weights @ pairs) * weights).sum(axis=1)
-
-
-def _resampled_aupr(weights, wrong, right, value):
-    """Return the average precision of each resample, shifted to the value of all bins.
-
-    Only bins with wrong voxels step; the right voxels above such a bin count with it. At most
-    `RESAMPLED_SCORE_BINS` of these steps are kept, neighbours merged.
-    """
-    steps = np.flatnonzero(wrong.any(axis=0))
-    if not len(steps):
-        return np.full(len(weights), np.nan)
-    steps = steps[:: -(-len(steps) // RESAMPLED_SCORE_BINS)]
-    # descending uncertainty, summed from the top; the lowest bins, below every error, change no step
-    hits = np.add.reduceat(wrong, steps, axis=1)[:, ::-1].cumsum(axis=1).astype(np.float64)
-    found = hits + np.add.reduceat(right, steps, axis=1)[:, ::-1].cumsum(axis=1)
-    # single precision is enough for the spread of resamples, and takes half the time
-    weights, parts = weights.astype(np.float32), (hits.astype(np.float32), found.astype(np.float32))
-    result = [
-        _average_precision(*(weights[start : start + 200] @ part for part in parts))
-        for start in range(0, len(weights), 200)
-    ]
-    return np.concatenate(result) + (value - _average_precision(hits.sum(axis=0), found.sum(axis=0)))
+    inside = {
+        f"{name} ({bins} bins)" if bins else name: each(kind, name, bins)
+        for name, bins in pooled.metrics
+        if name not in ("calibration_intercept", "calibration_slope", *COUNTS)
+    }
+    inside["true_positives"] = each(measure, "n_true_positives", None)
+    return alarms.infeasible(
+        table["dice" + ending],
+        table["true_positives" + ending],
+        inside,
+        region,
+        mask,
+        kind,
+        evaluated.names,
+        evaluated.model,
+    )
 
 
-def _average_precision(hits, found):
-    """Return Σ precision × new hits / hits, from voxels summed from the most uncertain down."""
-    precision = np.divide(hits, found, out=np.zeros(hits.shape, hits.dtype), where=found > 0)
-    new = np.diff(hits, axis=-1, prepend=0)
-    return _ratio((precision * new).sum(axis=-1, dtype=np.float64), hits[..., -1].astype(np.float64))
+# --- curves -------------------------------------------------------------------------------------------------------
+
+
+def _pooled_curves(curves, draws, pooled):
+    """Add the curves of one row of pooled voxels."""
+    keys = {"region": pooled.region, "mask": pooled.mask, "measure": pooled.measure}
+    if pooled.ue_dice is not None:
+        _ranking_curves(curves, pooled.total.scores(*keys.values()), keys)
+        return
+    n_subjects = draws.count_subjects(pooled.n_voxels > 0)
+    for (kind, bins), fractions in pooled.bands.items():
+        name = "reliability_top_label" if kind == "confidence" else "reliability_class_probability"
+        if kind == "probability" and pooled.region == ALL:
+            continue
+        held = pooled.total.confidences if kind == "confidence" else pooled.total.probabilities
+        part = held(*keys.values())
+        x, y, n = metrics.reliability(part["n"], part["sum_c" if kind == "confidence" else "sum_p"], bins, kind)
+        band = intervals.percentile(y, fractions, n_subjects)
+        more = {"low": band.low, "high": band.high, "n": n, "n_bins": bins, "pooling": "pooled"}
+        curves.add(name, x, y, **more, **keys)
 
 
 def _ranking_curves(curves, total, keys):
@@ -502,219 +697,32 @@ def _thinned(path):
     return np.unique(np.minimum(np.searchsorted(path, wanted), len(path) - 1))
 
 
-# --- is confidence calibrated? ------------------------------------------------------------------------------------
-
-TOP_LABEL = ("ece_top_label", "ace_top_label", "mce_top_label", "ece_equal_mass_top_label")
-CLASS_PROBABILITY = tuple(name.replace("top_label", "class_probability") for name in TOP_LABEL)
-CALIBRATION_RANGES = {"gap": (-1, 1), "nll": (0, np.inf), "brier_skill": (-np.inf, 1)}
-
-
-def _calibration(rows, curves, evaluated, region, mask, kind, n_bins, table):
-    """Add the rows and curves of one kind of probability on one mask; return alarms of infeasible rows.
-
-    curves : None for brief tallies, which cannot be recalibrated
-    table : as returned by `_cases`, None for `ALL` and for brief tallies
-    """
-    tallies, keys = evaluated.tallies, {"region": region, "mask": mask, "measure": kind}
-    kinds = (kind,)
-    if region == ALL:  # the four-class view has probabilities of classes, of the mean alone
-        kinds = CLASS_KINDS if kind == PROBABILITY else ()
-    confidences = [tally.confidences(region, mask, kind) for tally in tallies]
-    if any(confidence is None for confidence in confidences):
-        _add_undefined(rows, ("gap", "accuracy", "mean_confidence"), **keys)
-        for bins in n_bins:
-            _add_undefined(rows, (*TOP_LABEL, *CLASS_PROBABILITY), n_bins=bins, **keys)
-        if region != ALL:
-            _add_undefined(rows, ("brier", "brier_skill", "nll"), **keys)
-        return []
-    confidence = _stacked(confidences)
-    probabilities = [_stacked([tally.probabilities(region, mask, name) for tally in tallies]) for name in kinds]
-    n_voxels = confidence["n"].sum(axis=(1, 2))
-    per_case = _calibration_values(confidence, probabilities, n_bins)
-    pooled = _calibration_values(_summed(confidence), [_summed(part) for part in probabilities], n_bins)
-    resampled = _resampled_calibration(evaluated.draws.weights, confidence, probabilities, n_bins)
-    if region != ALL:
-        per_case |= _proper_scores(probabilities[0])
-        pooled |= _proper_scores(_summed(probabilities[0]))
-        resampled |= _proper_scores(_resampled_sums(evaluated.draws.weights, probabilities[0]))
-    _add_patient_means(rows, evaluated, per_case, CALIBRATION_RANGES, n_voxels, **keys)
-    if region != ALL and curves:
-        fit, refits = _recalibration(evaluated.draws.weights, probabilities[0])
-        pooled |= fit
-        resampled |= refits
-    _add_pooled(rows, evaluated, pooled, resampled, n_voxels, **keys)
-    for bins in n_bins if curves else ():
-        _reliability(curves, evaluated, confidence, "confidence", bins, keys | {"curve": "reliability_top_label"})
-        if region != ALL:
-            curve = keys | {"curve": "reliability_class_probability"}
-            _reliability(curves, evaluated, probabilities[0], "probability", bins, curve)
-    return [] if table is None else _feasibility(evaluated, region, mask, kind, table, per_case)
-
-
-def _feasibility(evaluated, region, mask, kind, table, per_case):
-    """Return alarms of cases whose calibration contradicts their Dice."""
-    measure, ending = ("entropy", "") if kind == PROBABILITY else (OWN_ERRORS, "_deterministic")
-    found = [tally.scores(region, mask, measure)[:, 0].sum() for tally in evaluated.tallies]
-    inside = {f"{name} ({bins} bins)" if bins else name: values for (name, bins), values in per_case.items()}
-    inside["true_positives"] = np.array(found)
-    return alarms.infeasible(
-        table["dice" + ending],
-        table["true_positives" + ending],
-        inside,
-        region,
-        mask,
-        kind,
-        evaluated.names,
-        evaluated.model,
-    )
-
-
-def _stacked(dicts):
-    return {name: np.stack([part[name] for part in dicts]) for name in dicts[0]}
-
-
-def _summed(arrays):
-    return {name: values.sum(axis=0) for name, values in arrays.items()}
-
-
-def _resampled_sums(weights, arrays):
-    """Return sums over bins of each resample, with one bin: (n_cases, bins, 2) → (n_resamples, 1, 2)."""
-    return {name: (weights @ values.sum(axis=1))[:, np.newaxis] for name, values in arrays.items()}
-
-
-def _calibration_values(confidence, probabilities, n_bins):
-    """Return {(metric, n_bins): values} of the leading shape of the arrays; classes of `ALL` are averaged."""
-    n, sum_c = confidence["n"], confidence["sum_c"]
-    values = {(name, bins): getattr(metrics, name)(n, sum_c, bins) for name in TOP_LABEL for bins in n_bins}
-    values |= _confidence_values(confidence)
-    for name in CLASS_PROBABILITY if probabilities else ():
-        for bins in n_bins:
-            classes = [getattr(metrics, name)(part["n"], part["sum_p"], bins) for part in probabilities]
-            values[name, bins] = np.mean(classes, axis=0)
-    return values
-
-
-def _confidence_values(confidence):
-    n, sum_c = confidence["n"], confidence["sum_c"]
-    return {
-        ("gap", None): metrics.gap(n, sum_c),
-        ("accuracy", None): metrics.accuracy(n),
-        ("mean_confidence", None): metrics.mean_confidence(n, sum_c),
-    }
-
-
-def _proper_scores(part):
-    return {
-        ("brier", None): metrics.brier(part["n"], part["sum_p"], part["sum_p2"]),
-        ("brier_skill", None): metrics.brier_skill(part["n"], part["sum_p"], part["sum_p2"]),
-        ("nll", None): metrics.nll(part["n"], part["sum_log_p"], part["sum_log_1mp"]),
-    }
-
-
-def _resampled_calibration(weights, confidence, probabilities, n_bins):
-    """Return {(metric, n_bins): float64 (n_resamples,)} for the metrics of `_calibration_values`.
-
-    Quantile bins are those of the whole cohort in every resample.
-    """
-    values = _confidence_values(_resampled_sums(weights, confidence))
-    for bins in n_bins:
-        gaps = _resampled_gaps(weights, confidence["n"], confidence["sum_c"], bins, "confidence")
-        values |= {(name, bins): gap for name, gap in zip(TOP_LABEL, gaps, strict=True)}
-        classes = [_resampled_gaps(weights, part["n"], part["sum_p"], bins, "probability") for part in probabilities]
-        if classes:
-            averaged = np.mean(classes, axis=0)
-            values |= {(name, bins): gap for name, gap in zip(CLASS_PROBABILITY, averaged, strict=True)}
-    return values
-
-
-def _resampled_gaps(weights, n, sums, n_bins, kind):
-    """Return ECE, ACE, MCE and equal-mass ECE of each resample, four arrays (n_resamples,)."""
-    voxels, positives, total = _equal_width(n, sums, n_bins, kind)
-    starts = _quantile_starts(n.sum(axis=(0, 2)), n_bins)
-    equal = np.add.reduceat(sums.sum(axis=2) - n[..., 1], starts, axis=1)
-    drawn = weights @ np.concatenate([voxels, total - positives, equal], axis=1)
-    n_held = voxels.shape[1]
-    voxels, gap, equal = np.split(drawn, [n_held, 2 * n_held], axis=1)
-    gap, equal = np.abs(gap), np.abs(equal)
-    each = np.divide(gap, voxels, out=np.zeros_like(gap), where=voxels > 0)
-    whole = voxels.sum(axis=1)
-    greatest = np.where(whole > 0, each.max(axis=1), np.nan)
-    average = _ratio(each.sum(axis=1), (voxels > 0).sum(axis=1).astype(float))
-    return _ratio(gap.sum(axis=1), whole), average, greatest, _ratio(equal.sum(axis=1), whole)
-
-
-def _equal_width(n, sums, n_bins, kind):
-    """Return voxels, positives (or correct) and summed probability by equal-width bin, (n_cases, n_bins) each."""
-    mean, fraction, voxels = metrics.reliability(n, sums, n_bins, kind)
-    return voxels, np.nan_to_num(fraction * voxels), np.nan_to_num(mean * voxels)
-
-
-def _quantile_starts(voxels, n_bins):
-    """Return the fine bins at which quantile bins of the cohort start; voxels : int64 (bins,)."""
-    reached = np.cumsum(voxels)
-    position = np.ceil(max(reached[-1] - 1, 0) * np.arange(1, n_bins) / n_bins - 1e-9)
-    starts = np.searchsorted(reached, position, side="right")
-    return np.unique(np.append(0, np.minimum(starts, len(voxels) - 1)))
-
-
-def _recalibration(weights, part):
-    """Return intercept and slope of logistic recalibration of the pooled voxels, and of each resample.
-
-    A resample takes one Newton step from the cohort's fit, which leaves an error of second order. NaN where it holds
-    one class only.
-    """
-    total = _summed(part)
-    fit = np.array(metrics.logistic_recalibration(total["n"], total["sum_logit"]), np.float64)
-    names = (("calibration_intercept", None), ("calibration_slope", None))
-    refits = np.full((len(weights), 2), np.nan)
-    if np.isfinite(fit).all():
-        used = total["n"] > 0
-        design = np.stack([np.ones(used.sum()), total["sum_logit"][used] / total["n"][used]])
-        fitted = 1 / (1 + np.exp(-fit @ design))
-        truth = np.broadcast_to([0, 1], used.shape)[used]
-        n = part["n"][:, used]
-        gradient = weights @ ((n * (truth - fitted)) @ design.T)
-        products = np.stack([design[0] ** 2, design[0] * design[1], design[1] ** 2])
-        constant, mixed, square = (weights @ ((n * (fitted * (1 - fitted))) @ products.T)).T
-        determinant = constant * square - mixed**2
-        refits[:, 0] = fit[0] + _ratio(square * gradient[:, 0] - mixed * gradient[:, 1], determinant)
-        refits[:, 1] = fit[1] + _ratio(constant * gradient[:, 1] - mixed * gradient[:, 0], determinant)
-        one_class = (weights @ part["n"].sum(axis=1) == 0).any(axis=1)
-        refits[one_class] = np.nan
-    return dict(zip(names, fit, strict=True)), dict(zip(names, refits.T, strict=True))
-
-
-def _reliability(curves, evaluated, part, kind, n_bins, keys):
-    """Add a reliability diagram of the pooled voxels with a bootstrap band of the fraction."""
-    sums = part["sum_c" if kind == "confidence" else "sum_p"]
-    voxels, positives, total = _equal_width(part["n"], sums, n_bins, kind)
-    weights = evaluated.draws.weights
-    n = voxels.sum(axis=0)
-    value = _ratio(positives.sum(axis=0), n)
-    band = intervals.percentile(
-        value, _ratio(weights @ positives, weights @ voxels), evaluated.draws.count_subjects(voxels > 0)
-    )
-    curves.add(
-        x=_ratio(total.sum(axis=0), n),
-        y=value,
-        low=band.low,
-        high=band.high,
-        n=n,
-        n_bins=n_bins,
-        pooling="pooled",
-        **keys,
-    )
+def _mean_curves(curves, evaluated):
+    """Add the means over patients of the QU-BraTS curves and of retention."""
+    shared = [key for key in evaluated.sources[0].curves if all(key in source.curves for source in evaluated.sources)]
+    for key in shared:
+        of_scores = key.name.startswith("qu_brats")
+        x = metrics.QU_BRATS_THRESHOLDS if of_scores else metrics.RETENTION_FRACTIONS
+        y = np.stack([source.curves[key] for source in evaluated.sources])
+        exists = np.isfinite(y).all(axis=1)
+        if not exists.any():
+            continue
+        band = intervals.studentised(np.where(exists[:, np.newaxis], y, np.nan), evaluated.draws, 0, 1)
+        curves.add(
+            key.name, x, y[exists].mean(axis=0), low=band.low, high=band.high, n=np.full(len(x), exists.sum()),
+            pooling="patient_mean", region=key.region, mask="volume" if of_scores else "brain", measure=key.measure,
+        )  # fmt: skip
 
 
 # --- segmentation -------------------------------------------------------------------------------------------------
 
 
-def _cases(tallies, region):
+def _cases(sources, region):
     """Return what is known of each case on one region: a dict of float64 (n_cases,), and `scores`, a dict of them.
 
     NaN where a number does not exist; scores also where the prediction is empty.
     """
-    place = REGIONS.index(region)
+    place, tallies = REGIONS.index(region), [source.tally for source in sources]
     scalars = [tally.scalars for tally in tallies]
 
     def column(name):
@@ -754,8 +762,14 @@ def _cases(tallies, region):
     quantiles = quantiles.reshape(len(tallies), 3)
     table |= dict(zip(("volume_low_ml", "volume_median_ml", "volume_high_ml"), quantiles.T, strict=True))
     table["in_any_pass"] = np.array([volume is not None and bool(volume[:, place].any()) for volume in passes])
-    table["scores"] = _scores(tallies, region, table)
+    table["scores"] = _scores(sources, region, table)
     return table
+
+
+def _of_cases(table, cases):
+    """Return the part of a table of `_cases` that belongs to some cases."""
+    scores = {key: values[cases] for key, values in table["scores"].items()}
+    return {name: scores if name == "scores" else values[cases] for name, values in table.items()}
 
 
 def _volume_quantiles(volumes):
@@ -770,7 +784,7 @@ def _volume_quantiles(volumes):
     return np.array([low, median, high] if len(volumes) >= LEAST_PASSES_FOR_VOLUMES else [np.nan, median, np.nan])
 
 
-def _scores(tallies, region, table):
+def _scores(sources, region, table):
     """Return the triage scores of each case, {(aggregation, measure): float64 (n_cases,)}, high = uncertain.
 
     NaN where the prediction is empty. A small predicted volume counts as uncertain: small regions are segmented
@@ -779,19 +793,19 @@ def _scores(tallies, region, table):
     scores = {}
     for measure in (*MEASURES, *MEMBER_MEASURES):
         for aggregation, (mask, form) in AGGREGATIONS.items():
-            sums = [tally.score_sums(region, mask, measure) for tally in tallies]
-            if not tallies or any(part is None for part in sums):
+            mean, n_voxels = (Key(region, mask, measure, name, None) for name in ("mean_uncertainty", "n_voxels"))
+            if not sources or any(mean not in source.metrics for source in sources):
                 continue
-            total = np.array([part[0].sum() for part in sums])
-            n_voxels = np.array([tally.scores(region, mask, measure).sum() for tally in tallies], np.float64)
-            scores[aggregation, measure] = _ratio(total, n_voxels if form == "mean" else (n_voxels > 0).astype(float))
+            score = np.array([source.metrics[mean] for source in sources])
+            if form == "sum":
+                score = score * [source.metrics[n_voxels] for source in sources]
+            scores[aggregation, measure] = score
     if np.isfinite(table["pairwise_dice"]).all():
         scores[CASE, PAIRWISE_DICE] = 1 - table["pairwise_dice"]
     scores[CASE, PREDICTED_VOLUME] = -table["volume_ml"]
     return {key: np.where(table["missing_region"], np.nan, score) for key, score in scores.items()}
 
 
-QU_BRATS = ("qu_brats", "auc_dsc", "auc_ftp", "auc_ftn", "qu_brats_zero", "qu_brats_oracle")
 SEGMENTATION_RANGES = {
     "delta_dice": (-1, 1),
     "hd95": (0, np.inf),
@@ -801,33 +815,45 @@ SEGMENTATION_RANGES = {
 }
 
 
-def _segmentation(rows, evaluated, region, table):
+def _segmentation(rows, evaluated, region, table, keys):
     """Add the rows of segmentation metrics: means and medians over patients, pooled Dice, and counts."""
     names = (*AGREEMENT_COLUMNS, "dice_lesionwise", "volume_ml", "volume_error_ml", "pairwise_dice")
     values = {(name, None): table[name] for name in names}
     values["absolute_delta_dice", None] = np.abs(table["delta_dice"])
-    _add_patient_means(rows, evaluated, values, SEGMENTATION_RANGES, None, region=region)
-    draws, weights = evaluated.draws, evaluated.draws.weights
-    keys = {"region": region, "pooling": "patient_level"}
+    _add_patient_means(rows, evaluated, values, SEGMENTATION_RANGES, None, region=region, **keys)
+    draws, n_cases = evaluated.draws, len(evaluated.sources)
+    n_subjects = evaluated.patients["subject"].nunique()
+
+    def judged(make, exists):
+        """Return an interval from the number of subjects with a case that exists."""
+        return _nothing(TOO_SMALL) if draws is None else make(int(draws.count_subjects(exists)))
+
+    level = {"region": region, "pooling": "patient_level", **keys}
     for name in ("dice", "dice_deterministic", "hd95"):
         exists = np.isfinite(table[name])
         held = table[name][exists]
         value = float(np.median(held)) if len(held) else np.nan
-        interval = intervals.median_interval(held, int(draws.count_subjects(exists)))
-        rows.add(f"median_{name}", value, interval, len(held), **keys)
-    n_cases = len(evaluated.tallies)
-    numbers = [table[name] for name in ("true_positives", "n_predicted", "n_reference")]
-    pooled, resampled = (
-        metrics.dice(found, predicted - found, reference - found)
-        for found, predicted, reference in (
-            [number.sum() for number in numbers],
-            [weights @ number for number in numbers],
-        )
-    )
-    interval = intervals.percentile(pooled, resampled, draws.n_subjects)
-    rows.add("dice", float(pooled), interval, n_cases, region=region, pooling="pooled")
-    count = intervals.Intervals(np.nan, np.nan, np.nan, "none: a count")
-    rows.add("n_both_empty", float(table["both_empty"].sum()), count, n_cases, **keys)
+        interval = judged(lambda n, held=held: intervals.median_interval(held, n), exists)
+        rows.add(f"median_{name}", value, interval, len(held), **level)
+    found, predicted, reference = (table[name] for name in ("true_positives", "n_predicted", "n_reference"))
+    overlaps = {
+        "dice": metrics.dice(found.sum(), (predicted - found).sum(), (reference - found).sum()),
+        "sensitivity": metrics.sensitivity(found.sum(), (reference - found).sum()),
+        "precision": metrics.precision(found.sum(), (predicted - found).sum()),
+    }
+    resampled = {}
+    if draws is not None:
+        found, predicted, reference = (draws.weights @ part for part in (found, predicted, reference))
+        resampled = {
+            "dice": metrics.dice(found, predicted - found, reference - found),
+            "sensitivity": metrics.sensitivity(found, reference - found),
+            "precision": metrics.precision(found, predicted - found),
+        }
+    for name, value in overlaps.items():
+        interval = intervals.percentile(value, resampled[name], n_subjects) if resampled else _nothing(TOO_SMALL)
+        rows.add(name, float(value), interval, n_cases, region=region, pooling="pooled", **keys)
+    count = _nothing("none: a count")
+    rows.add("n_both_empty", float(table["both_empty"].sum()), count, n_cases, **level)
     present = (table["n_reference"] > 0) | table["in_any_pass"]
     known = present & np.isfinite(table["volume_low_ml"])
     reference = table["reference_ml"]
@@ -835,128 +861,65 @@ def _segmentation(rows, evaluated, region, table):
     slack = 1e-9 * reference
     covered = known & (table["volume_low_ml"] <= reference + slack) & (reference - slack <= table["volume_high_ml"])
     value = covered.sum() / known.sum() if known.any() else np.nan
-    interval = intervals.wilson(int(covered.sum()), int(known.sum()), int(draws.count_subjects(known)))
-    rows.add("volume_coverage", float(value), interval, known.sum(), **keys)
+    interval = judged(lambda n: intervals.wilson(int(covered.sum()), int(known.sum()), n), known)
+    rows.add("volume_coverage", float(value), interval, known.sum(), **level)
 
 
-def _two_views(rows, evaluated):
+def _two_views(rows, evaluated, keys):
     """Add the share of voxels where the most probable class is not what the overlay of the regions says."""
     differs, n_voxels = (
         np.array([tally.counts[name] for tally in evaluated.tallies]) for name in ("n_argmax_differs", "n_voxels")
     )
-    weights, key = evaluated.draws.weights, ("argmax_differs", None)
-    values = {key: differs.sum() / n_voxels.sum()}
-    _add_pooled(rows, evaluated, values, {key: _ratio(weights @ differs, weights @ n_voxels)}, n_voxels, region=ALL)
-
-
-def _qu_brats(rows, curves, evaluated, region):
-    """Add the QU-BraTS score of entropy and its parts, and their curves over the thresholds."""
-    counts = [
-        np.stack([tally.scores(region, mask, "entropy") for tally in evaluated.tallies]) for mask in ("volume", "brain")
-    ]
-    parts = metrics.qu_brats(*counts)
-    values = {(name, None): parts[name] for name in QU_BRATS}
-    keys = {"region": region, "measure": "entropy"}
-    _add_patient_means(rows, evaluated, values, {}, counts[0].sum(axis=(1, 2)), mask="volume", **keys)
-    for name in ("dsc", "ftp", "ftn"):
-        _add_mean_curve(
-            curves,
-            evaluated,
-            f"qu_brats_{name}",
-            metrics.QU_BRATS_THRESHOLDS,
-            parts[name],
-            mask="volume",
-            **keys,
-        )
-
-
-def _retention(rows, curves, evaluated, region):
-    """Add what it brings to replace the most uncertain voxels by the reference, for every measure."""
-    keys = {"region": region, "mask": "brain"}
-    for measure in evaluated.measures:
-        counts = [tally.scores(region, "brain", measure) for tally in evaluated.tallies]
-        if any(count is None for count in counts):
-            _add_undefined(rows, ("retention_area", "retention_area_normalised"), measure=measure, **keys)
-            continue
-        counts = np.stack(counts)
-        found = metrics.retention(counts)
-        values = {(f"retention_{name}", None): found[name] for name in ("area", "area_normalised")}
-        ranges = {"retention_area_normalised": (-np.inf, 1)}
-        _add_patient_means(rows, evaluated, values, ranges, counts.sum(axis=(1, 2)), measure=measure, **keys)
-        _add_mean_curve(
-            curves,
-            evaluated,
-            "retention",
-            metrics.RETENTION_FRACTIONS,
-            found["curve"],
-            measure=measure,
-            **keys,
-        )
-
-
-def _boundary(rows, evaluated, region):
-    """Add the metrics of entropy over bands of distance to the reference surface."""
-    counts, sums = (
-        np.stack([[getattr(tally, name)(region, band, "entropy") for band in BANDS] for tally in evaluated.tallies])
-        for name in ("scores", "score_sums")
-    )
-    values = {("buc", None): metrics.buc(sums, counts), ("ba_ece", None): metrics.ba_ece(sums, counts)}
-    n_voxels = counts.sum(axis=(1, 2, 3))
-    keys = {"region": region, "measure": "entropy", "conditional_on_reference": True}
-    _add_patient_means(rows, evaluated, values, {}, n_voxels, **keys)
-
-
-def _add_mean_curve(curves, evaluated, curve, x, y, **keys):
-    """Add the mean of a curve over the cases that have it; y : float64 (n_cases, n_points)."""
-    exists = np.isfinite(y).all(axis=1)
-    if not exists.any():
-        return
-    band = intervals.studentised(np.where(exists[:, np.newaxis], y, np.nan), evaluated.draws, 0, 1)
-    n = np.full(len(x), exists.sum())
-    curves.add(curve, x, y[exists].mean(axis=0), low=band.low, high=band.high, n=n, pooling="patient_mean", **keys)
+    value, draws = differs.sum() / n_voxels.sum(), evaluated.draws
+    interval = _nothing(TOO_SMALL)
+    if draws is not None:
+        drawn = _ratio(draws.weights @ differs, draws.weights @ n_voxels)
+        interval = intervals.percentile(value, drawn, draws.n_subjects)
+    more = {"region": ALL, "pooling": "pooled", "n_voxels": n_voxels.sum(), **keys}
+    rows.add("argmax_differs", float(value), interval, len(n_voxels), **more)
 
 
 # --- triage -------------------------------------------------------------------------------------------------------
 
 
-def _triage(rows, curves, evaluated, region, table, key, calibration, failure_dice, seed):
-    """Add the patient-level rows and the risk–coverage curve of one score; return its strata.
+def _triage(rows, evaluated, region, table, key, score, cases, cut, seed, keys):
+    """Add the patient-level rows of one score; return its strata.
 
-    key : (aggregation, measure); calibration : scores of the calibration split
+    key : (aggregation, measure); cases : strata.Cases; cut : strata.Cutoffs; seed : of the test, None for no test
     """
-    (aggregation, measure), score = key, table["scores"][key]
-    draws, dice = evaluated.draws, table["dice"]
-    volumes = {"predicted_volume": table["volume_ml"], "reference_volume": table["reference_ml"]}
-    for row in strata.triage(score, dice, volumes, draws, failure_dice, calibration, seed):
+    (aggregation, measure), draws = key, evaluated.draws
+    for row in strata.triage(score, cases, cut, seed):
+        interval = _nothing(TOO_SMALL) if draws is None else row["interval"]
         rows.add(
             row["metric"],
             float(row["value"]),
-            row["interval"],
+            interval,
             row["n_cases"],
             region=region,
             measure=measure,
             aggregation=aggregation,
             pooling="patient_level",
             p_value=row["p_value"],
-        )
-    scored = np.isfinite(score)
-    mask = AGGREGATIONS[aggregation][0] if aggregation in AGGREGATIONS else None
-    if aggregation != "brain_sum" and scored.any():
-        coverage, risk = strata.risk_coverage(score[scored], 1 - dice[scored])
-        n = np.arange(1, len(risk) + 1)
-        curves.add(
-            "risk_coverage",
-            coverage,
-            risk,
-            region=region,
-            mask=mask,
-            measure=measure,
-            pooling="patient_level",
-            n=n,
+            **keys,
         )
     absent = table["n_reference"] == 0
-    keys = {"model": evaluated.model, "region": region, "measure": measure, "aggregation": aggregation}
-    return [keys | row for row in strata.stratify(score, dice, absent, draws.subjects, calibration)]
+    about = {"model": evaluated.model, "region": region, "measure": measure, "aggregation": aggregation, **keys}
+    found = strata.stratify(score, cases.dice, absent, cases.subjects, cut)
+    if draws is None:
+        found = [row | {"ci_low": np.nan, "ci_high": np.nan} for row in found]
+    return [about | row for row in found]
+
+
+def _risk_coverage(curves, region, table, key, score):
+    """Add the risk–coverage curve of one score."""
+    (aggregation, measure), scored = key, np.isfinite(score)
+    if aggregation == "brain_sum" or not scored.any():
+        return
+    coverage, risk = strata.risk_coverage(score[scored], 1 - table["dice"][scored])
+    mask = AGGREGATIONS[aggregation][0] if aggregation in AGGREGATIONS else None
+    n = np.arange(1, len(risk) + 1)
+    keys = {"region": region, "mask": mask, "measure": measure, "pooling": "patient_level"}
+    curves.add("risk_coverage", coverage, risk, n=n, **keys)
 
 
 def _patients_table(evaluated, tables, scales):
@@ -969,7 +932,7 @@ def _patients_table(evaluated, tables, scales):
     common = ("patient", "subject", "split")
     keys = [(aggregation, measure) for aggregation in AGGREGATIONS for measure in evaluated.measures]
     keys += [(CASE, PAIRWISE_DICE), (CASE, PREDICTED_VOLUME)]
-    unknown = np.full(len(evaluated.tallies), np.nan)
+    unknown = np.full(len(evaluated.sources), np.nan)
     parts = []
     for region, table in tables.items():
         part = {"model": pa.array([evaluated.model] * len(evaluated.tallies))}
@@ -995,18 +958,16 @@ def _patients_table(evaluated, tables, scales):
 
 def _convergence(evaluated):
     """Return tables of metrics after fewer passes, one per number of passes that all patients have tallies of."""
-    known = set.intersection(*(set(tally.convergence) for tally in evaluated.tallies))
+    known = set.intersection(*(set(source.early) for source in evaluated.sources))
     return [_after(passes, evaluated) for passes in sorted(known)]
 
 
 def _after(passes, evaluated):
-    early = replace(evaluated, tallies=[tally.convergence[passes] for tally in evaluated.tallies], passes=passes)
-    rows = _Rows(early)
+    early = [source.early[passes] for source in evaluated.sources]
+    early = replace(evaluated, sources=early, passes=passes, n_bins=list(CONVERGENCE_BINS))
+    rows, whole = _Rows(early), Subset(np.arange(len(early.sources)), early.draws)
+    _voxel_metrics(rows, None, early, [whole], [], None)
     for place, region in enumerate(REGIONS):
-        for mask in CONVERGENCE_MASKS:
-            for measure in CONVERGENCE_MEASURES:
-                _discrimination(rows, None, early, region, mask, measure)
-            _calibration(rows, None, early, region, mask, PROBABILITY, CONVERGENCE_BINS, None)
         found = np.array([tally.overlap[place, place] for tally in early.tallies])
         predicted, reference = (
             np.array([tally.counts[name][place] for tally in early.tallies]) for name in ("n_predicted", "n_reference")
@@ -1026,7 +987,7 @@ def _alarms(evaluated, tables):
     predicted, reference = (
         np.stack([tally.counts[f"n_{name}"] for tally in tallies]) for name in ("predicted", "reference")
     )
-    classes = np.stack([tally.classes("volume") for tally in tallies])
+    classes = np.stack([tally.counts["classes"] for tally in tallies])
     found = alarms.few_patients(evaluated.draws.n_subjects, model)
     # regions in another order are classes in another order too: the first says it more simply
     found += alarms.channel_order(overlap, predicted, reference, model) or alarms.class_order(classes, model)
@@ -1036,14 +997,17 @@ def _alarms(evaluated, tables):
     found += alarms.differing_measures([tally.available for tally in tallies], names, model)
     variance = np.full(predicted.shape, np.nan)
     for place, region in enumerate(REGIONS):
-        sums = [tally.score_sums(region, "brain", "variance") for tally in tallies]
-        variance[:, place] = [np.nan if part is None else part[0].sum() for part in sums]
+        mean = Key(region, "brain", "variance", "mean_uncertainty", None)
+        variance[:, place] = [source.metrics.get(mean, np.nan) for source in evaluated.sources]
     found += alarms.zero_variance(variance, model)
     found += alarms.unequal_passes(np.array([tally.scalars["passes"] for tally in tallies]), names, model)
     breaks = np.array([int(tally.counts["n_nesting_breaks"]) for tally in tallies])
     found += alarms.nesting_breaks(breaks, predicted, names, model)
     for region, table in tables.items():
-        counts = np.stack([tally.scores(region, "volume", "entropy").sum(axis=0) for tally in tallies])
-        second = metrics.dice(counts[:, 0], counts[:, 1], counts[:, 2])
+        hits, share, n = (
+            np.array([source.metrics[Key(region, "volume", "entropy", name, None)] for source in evaluated.sources])
+            for name in ("n_true_positives", "error_rate", "n_voxels")
+        )
+        second = metrics.dice(hits, share * n, 0)
         found += alarms.differing_dice(table["dice"], second, region, names, model)
     return found

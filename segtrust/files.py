@@ -55,6 +55,24 @@ def write_parquet(path, table, provenance, **options):
         pq.write_table(table.replace_schema_metadata(metadata), partial, compression="zstd", **options)
 
 
+def write_parquet_groups(path, table, lengths, provenance, **options):
+    """Write as `write_parquet` does, with a row group for each stretch of rows, which can then be read alone.
+
+    lengths : numbers of rows, in order; a stretch without rows has no row group
+    options : further arguments of `pyarrow.parquet.ParquetWriter`
+    """
+    metadata = {**(table.schema.metadata or {}), PROVENANCE_KEY: canonical_json(provenance).encode()}
+    table = table.replace_schema_metadata(metadata)
+    with (
+        replacing(path) as partial,
+        pq.ParquetWriter(partial, table.schema, compression="zstd", write_statistics=False, **options) as writer,
+    ):
+        first = 0
+        for length in filter(None, lengths):
+            writer.write_table(table.slice(first, length), row_group_size=length)
+            first += length
+
+
 def read_parquet(path, columns=None):
     """Return (pyarrow Table, provenance dict) of a file written by `write_parquet`."""
     table = pq.read_table(path, columns=columns, partitioning=None)

@@ -9,8 +9,8 @@ from functools import cache
 
 import numpy as np
 
+from segtrust.bins import CONFIDENCE_BINS, FN, FP, PROBABILITY_BINS, SCORE_BINS, TN, TP
 from segtrust.masks import BANDS
-from segtrust.tally import CONFIDENCE_BINS, FN, FP, PROBABILITY_BINS, SCORE_BINS, TN, TP
 
 QU_BRATS_THRESHOLDS = np.arange(41) * 2.5
 RETENTION_FRACTIONS = np.arange(101) / 100
@@ -130,7 +130,7 @@ def ue_dice(scores, first_bin):
 
 
 @cache
-def _starts(n_bins, kind):
+def fine_starts(n_bins, kind):
     """Return the fine bin at which each of `n_bins` equal bins of [0, 1] starts."""
     edges = (PROBABILITY_BINS if kind == "probability" else CONFIDENCE_BINS).edges
     wanted = np.arange(n_bins) / n_bins
@@ -144,7 +144,7 @@ def _starts(n_bins, kind):
 
 def _equal_width(n, sums, n_bins, kind):
     """Return voxels, positives (or correct), and summed probability (or confidence) by bin."""
-    start = _starts(n_bins, kind)
+    start = fine_starts(n_bins, kind)
     n, sums = np.asarray(n, float), np.asarray(sums, float)
     return tuple(np.add.reduceat(part, start, axis=-1) for part in (n.sum(axis=-1), n[..., 1], sums.sum(axis=-1)))
 

@@ -345,7 +345,8 @@ def _read_model(results, name, sheet):
     if evaluable and (cohort / "metrics.parquet").exists():
         for table in ("metrics", "patients", "strata", "curves"):
             rows, provenance = read_parquet(cohort / f"{table}.parquet")
-            setattr(run, table, rows.to_pandas())
+            rows = rows.to_pandas()
+            setattr(run, table, rows[rows["group"].isna()] if "group" in rows else rows)  # the whole cohort
             run.provenance = run.provenance or provenance
         run.alarms = read_json(cohort / "alarms.json")
     ending = "_segmentation.nii.gz"

@@ -109,6 +109,7 @@ class Study:
                 "n_resamples": settings["resamples"],
                 "failure_dice": settings["failure_dice"],
                 "n_bins": settings["bins"],
+                "groups": settings["groups"],
                 "seed": self.config["seed"],
             }
         )

@@ -4,7 +4,7 @@ import pandas as pd
 
 from segtrust.cohort import check_agreement
 from segtrust.files import read_json, write_csv, write_json, write_parquet
-from segtrust.tally import Tally
+from segtrust.pool import StoredTally
 
 TABLES = ("metrics", "patients", "strata")
 
@@ -16,17 +16,18 @@ def read_tallies(paths, rows):
     rows : list of dicts, the patients' rows of the sheet in the same order: `patient`, `subject`, `split`,
         `coding`, `extra`
 
-    Returns (list of Tally, DataFrame of the patients, provenance they share). Raises Problems when tallies were made
-    with different weights, settings or code, naming patients.
+    Returns (list of StoredTally, DataFrame of the patients, provenance they share). Raises Problems when tallies were
+    made with different weights, settings or code, naming patients.
     """
-    tallies, provenances = zip(*(Tally.read(path) for path in paths), strict=True)
+    tallies = [StoredTally(path) for path in paths]
+    provenances = [tally.provenance for tally in tallies]
     check_agreement({row["patient"]: provenance for row, provenance in zip(rows, provenances, strict=True)})
     patients = pd.DataFrame(
         [{**{key: row[key] for key in ("patient", "subject", "split", "coding")}, **row["extra"]} for row in rows]
     )
     shared = {key: value for key, value in provenances[0].items() if key != "patient"}
     shared["device"] = sorted({provenance["device"] for provenance in provenances if "device" in provenance})
-    return list(tallies), patients, shared
+    return tallies, patients, shared
 
 
 def read_scales(path):

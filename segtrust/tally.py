@@ -19,14 +19,24 @@ Smaller tallies of the same patient after fewer passes stand beside it (`Tally.c
 import base64
 import json
 from dataclasses import dataclass
-from functools import cache, cached_property
+from functools import cache
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from segtrust.bins import (
+    CONFIDENCE_BINS,
+    FP,
+    JOINT_BINS,
+    PROBABILITY_BINS,
+    SCORE_BINS,
+    TN,
+    distance_bins,
+    joint_groups,
+)
 from segtrust.errors import SegtrustError
-from segtrust.files import canonical_json, read_parquet, write_parquet
+from segtrust.files import canonical_json, read_parquet, write_parquet_groups
 from segtrust.masks import BANDS, MASKS, band_index
 from segtrust.measures import (
     BETWEEN_MEMBERS,
@@ -35,7 +45,6 @@ from segtrust.measures import (
     MEMBER_MEASURES,
     OWN_ERRORS,
     WITHIN_MEMBERS,
-    binary_entropy,
     binary_entropy_of,
     boundary_proximity,
     entropy_4class,
@@ -43,7 +52,7 @@ from segtrust.measures import (
 )
 from segtrust.regions import CLASSES, REGIONS, four_class
 
-FORMAT = 2
+FORMAT = 3
 TALLY_KEY = b"tally"
 CASE_KEY = b"case"
 REST_KEY = b"volume_rest"
@@ -53,8 +62,6 @@ ALL = "ALL"
 TALLY_REGIONS = (*REGIONS, ALL)
 # a voxel lies in any number of masks, and in at most one band of distance to the reference surface
 TALLY_MASKS = (*MASKS, *BANDS)
-OUTCOMES = ("TP", "FP", "FN", "TN")
-TP, FP, FN, TN = range(4)
 
 PROBABILITY = "probability"
 DETERMINISTIC = "probability_deterministic"
@@ -64,149 +71,15 @@ CLIP = 1e-7  # of p, in every logarithm
 SCORE_SUMS = ("u", "u2", "loss", "loss2", "u_loss")
 PROBABILITY_SUMS = ("p", "p2", "log_p", "log_1mp")
 JOINT_MASKS = ("brain", "predicted_5mm")
-JOINT_BINS = 256
-
-# --- bins ---------------------------------------------------------------------------------------------------
-
-
-def _with_atoms(edges, atoms):
-    """Return sorted edges in which each atom has a bin of its own."""
-    atoms = np.asarray(atoms, np.float64)
-    edges = np.unique(np.concatenate([edges, atoms, np.nextafter(atoms, np.inf)]))
-    return edges[edges <= 1]
-
-
-def _votes():
-    """Return the probabilities that votes of T passes give, for each T that divides 60 or 100, as stored."""
-    shares = np.unique(np.concatenate([np.arange(61) / 60, np.arange(101) / 100]))
-    return shares.astype(np.float32).astype(np.float64)
-
-
-def _probability_edges():
-    # every k/10, k/15, k/20 and k/60 is a j/960; steps of 0.1 in the logit serve recalibration
-    logit_spaced = 1 / (1 + np.exp(-np.linspace(-16, 16, 321)))
-    return _with_atoms(np.concatenate([np.arange(961) / 960, logit_spaced]), _votes())
-
-
-def _confidence_edges():
-    # of one class in two the confidence is at least 1/2, of one in four at least 1/4
-    logit_spaced = 1 - 1 / (1 + np.exp(np.linspace(0, 16, 161)))
-    edges = np.concatenate([[0.0], np.arange(240, 961) / 960, logit_spaced])
-    votes = _votes()
-    return _with_atoms(edges, np.concatenate([votes[votes >= 0.5], 1 - votes[votes <= 0.5]]))
-
-
-def _score_edges():
-    # steps of 1/960; towards 0, 48 bins an octave where variance and mutual information lie, then 16 down to 6e-11
-    # and, for rank correlation alone, 1 down to 3e-39; towards 1, where entropy is flat and the most uncertain
-    # voxels crowd, 12 bins an octave up to 1 - 1e-8 and 4 up to 1 - 1e-14
-    octaves = (np.arange(-128, -34), np.arange(-34 * 16, -8 * 16) / 16, np.arange(-8 * 48, -2 * 48) / 48)
-    near_0 = 2.0 ** np.concatenate(octaves)
-    near_1 = 1 - 2.0 ** -np.concatenate([np.arange(5 * 12, 26 * 12) / 12, np.arange(26 * 4, 46 * 4) / 4])
-    edges = np.concatenate([near_0, np.arange(961) / 960, near_1, _between_votes()])
-    return _with_atoms(edges, np.arange(41) / 40)
-
-
-def _between_votes():
-    """Return edges between the entropies of votes k/T and 1 - k/T, which differ where float32 rounds the shares.
-
-    A direct computation ranks the two; many voxels have them. Whether an edge is needed does not hang on the last
-    bit of a logarithm, so that the number of bins is the same on every machine.
-    """
-    votes = _votes()
-    low, high = (binary_entropy(share) for share in (votes, votes[::-1]))
-    return ((low + high) / 2)[(votes < 0.5) & (np.abs(low - high) > 1e-12)]
-
-
-class Bins:
-    """Left-closed bins of numbers in [0, 1], the last one from 1 on.
-
-    edges : float64, increasing, from 0 to 1; bin i holds edges[i] ≤ x < edges[i + 1]
-    mirrored : whether most numbers are near 1, not near 0 (a matter of speed alone)
-    """
-
-    # numbers are located by the first 22 bits of their binary form: sign, exponent, ten bits of the fraction
-    _SHIFT = 42
-
-    def __init__(self, edges, mirrored=False):
-        self.edges = np.asarray(edges, np.float64)
-        self._mirrored = mirrored
-
-    def __len__(self):
-        return len(self.edges)
-
-    def index(self, values):
-        """Return the bin of each value, as an integer array; exact comparisons in float64.
-
-        values : float64 array, values ≥ 0 without NaN
-        """
-        key = (1 - values if self._mirrored else values).view(np.int64) >> self._SHIFT
-        index = self._located.take(np.maximum(key, 0, out=key))
-        split = np.flatnonzero(index < 0)
-        index[split] = self._search(values[split])
-        return index
-
-    def index_half(self, values):
-        """Return the bin of each float16 value ≥ 0."""
-        return self._located_half.take(values.view(np.uint16))
-
-    def _search(self, values):
-        return np.searchsorted(self.edges, values, side="right") - 1
-
-    @cached_property
-    def _located(self):
-        # per cell of the binary form: the bin that holds all of it, or -1 where edges fall into it
-        start = (np.arange((1024 << 10) + 1) << self._SHIFT).view(np.float64)
-        if self._mirrored:
-            edges = np.sort(1 - self.edges)
-            first = np.searchsorted(edges, start[:-1] * (1 - 1e-15), side="left")
-            last = np.searchsorted(edges, start[1:] * (1 + 1e-15), side="right")
-            bins = self._search(np.clip(1 - (start[:-1] + start[1:]) / 2, 0, 1))
-            last[start[:-1] < 1e-15] += 1  # so close to 1 that the middle of a cell rounds to it
-        else:
-            first = np.searchsorted(self.edges, start[:-1], side="right")
-            last = np.searchsorted(self.edges, start[1:], side="left")
-            bins = first - 1
-        located = np.where(first == last, bins, -1).astype(np.int16)
-        located[0] = len(self) - 1 if self._mirrored else 0  # exactly 1, or exactly 0
-        return located
-
-    @cached_property
-    def _located_half(self):
-        values = np.arange(1 << 16, dtype=np.uint16).view(np.float16).astype(np.float64)
-        return self._search(np.nan_to_num(values, nan=0.0, posinf=1.0, neginf=0.0)).astype(np.int16)
-
-
-PROBABILITY_BINS = Bins(_probability_edges())
-CONFIDENCE_BINS = Bins(_confidence_edges(), mirrored=True)
-SCORE_BINS = Bins(_score_edges())
-
-# the float16 forms of a distance, without their last three bits: 128 bins an octave, from 1/16 to 512 mm
-_NEAREST = int(np.float16(1 / 16).view(np.uint16)) >> 3
-_FARTHEST = int(np.float16(512).view(np.uint16)) >> 3
-
-
-@cache
-def _distance_bins():
-    # the last bin is the nearest, so that bins ascend with uncertainty as everywhere
-    distance = np.clip((np.arange(1 << 16) & 0x7FFF) >> 3, _NEAREST, _FARTHEST)
-    return (len(SCORE_BINS) - 1 - (distance - _NEAREST)).astype(np.int16)
-
-
-@cache
-def _joint_groups():
-    """Return the joint-histogram bin, 0–255, of each score bin of a measure in [0, 1]: int array."""
-    # zero, half a bin an octave from 3e-39 to 6e-11, four up to 1/8, and steps of 1/91 from there on
-    octaves = 2.0 ** np.concatenate([np.arange(-128, -34, 2), np.arange(-34 * 4, -3 * 4) / 4])
-    edges = np.concatenate([[0.0, 5e-324], octaves, np.arange(12, 92) / 91])
-    return np.minimum(np.searchsorted(edges, SCORE_BINS.edges, side="right") - 1, JOINT_BINS - 1)
-
 
 # --- tables -------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
-class _Layout:
+class Layout:
+    """How the cells of a table are numbered: a key is ((region, mask, series), outcome, bin), the bin fastest."""
+
+    masks: tuple
     series: tuple
     n_outcomes: int
     n_bins: int
@@ -214,34 +87,53 @@ class _Layout:
 
     @property
     def size(self):
+        """Return the number of cells of one region, mask and series."""
         return self.n_outcomes * self.n_bins
+
+    @property
+    def region_size(self):
+        return len(self.masks) * len(self.series) * self.size
 
     def start(self, region, mask, series):
         """Return the key of the first cell of a series."""
-        row = TALLY_REGIONS.index(region) * len(TALLY_MASKS) + TALLY_MASKS.index(mask)
+        row = TALLY_REGIONS.index(region) * len(self.masks) + self.masks.index(mask)
         return (row * len(self.series) + self.series.index(series)) * self.size
 
 
 _SCORES = (*MEASURES, OWN_ERRORS, ENTROPY_4CLASS, *MEMBER_MEASURES)
-_LAYOUTS = {
-    "scores": _Layout(_SCORES, 4, len(SCORE_BINS)),
-    "score_sums": _Layout(_SCORES, 4, 1, SCORE_SUMS),
-    "probabilities": _Layout((PROBABILITY, DETERMINISTIC), 2, len(PROBABILITY_BINS), PROBABILITY_SUMS),
-    "class_probabilities": _Layout(CLASS_KINDS, 2, len(PROBABILITY_BINS), ("p",)),
-    "confidences": _Layout((PROBABILITY, DETERMINISTIC), 2, len(CONFIDENCE_BINS), ("c",)),
-    "joint": _Layout(_SCORES, 1, JOINT_BINS * JOINT_BINS),
-    "classes": _Layout(("class",), 4, 5),
+_KINDS = (PROBABILITY, DETERMINISTIC)
+LAYOUTS = {
+    "scores": Layout(TALLY_MASKS, _SCORES, 4, len(SCORE_BINS)),
+    "score_sums": Layout(TALLY_MASKS, _SCORES, 4, 1, SCORE_SUMS),
+    "probabilities": Layout(MASKS, _KINDS, 2, len(PROBABILITY_BINS), PROBABILITY_SUMS),
+    "class_probabilities": Layout(MASKS, CLASS_KINDS, 2, len(PROBABILITY_BINS), ("p",)),
+    "confidences": Layout(MASKS, _KINDS, 2, len(CONFIDENCE_BINS), ("c",)),
+    "joint": Layout(JOINT_MASKS, _SCORES, 1, JOINT_BINS * JOINT_BINS),
+    "classes": Layout(MASKS, ("class",), 4, 5),
 }
-SETTINGS = {"format": FORMAT, **{name: layout.n_bins for name, layout in _LAYOUTS.items()}}
+SERIES = tuple(dict.fromkeys(series for layout in LAYOUTS.values() for series in layout.series))
+SETTINGS = {"format": FORMAT, **{name: layout.n_bins for name, layout in LAYOUTS.items()}}
+# a file is read by region and part: what is resampled together lies together
+PARTS = {
+    "scores": ("scores",),
+    "sums": ("score_sums", "joint", "classes"),
+    "calibration": ("probabilities", "class_probabilities", "confidences"),
+}
 
 
 @dataclass(frozen=True)
-class _Cells:
+class Cells:
     """Occupied cells of a table: ascending keys int64, counts int64, sums float64 (cells, sums)."""
 
     key: np.ndarray
     n: np.ndarray
     sums: np.ndarray
+
+    def of_region(self, layout, region):
+        """Return the cells of one region."""
+        start = layout.start(region, layout.masks[0], layout.series[0])
+        part = slice(*np.searchsorted(self.key, (start, start + layout.region_size)))
+        return Cells(self.key[part], self.n[part], self.sums[part])
 
     def dense(self, start, size):
         """Return counts (size,) and sums (size, sums) of a range of keys."""
@@ -256,7 +148,7 @@ class _Cells:
 
 def _added(parts, n_sums):
     if not parts:
-        return _Cells(np.empty(0, np.int64), np.empty(0, np.int64), np.empty((0, n_sums)))
+        return Cells(np.empty(0, np.int64), np.empty(0, np.int64), np.empty((0, n_sums)))
     key = np.concatenate([part.key for part in parts])
     order = np.argsort(key, kind="stable")
     key = key[order]
@@ -264,8 +156,8 @@ def _added(parts, n_sums):
     n = np.concatenate([part.n for part in parts])[order]
     sums = np.concatenate([part.sums for part in parts])[order]
     if not len(first):
-        return _Cells(key, n, sums)
-    return _Cells(key[first], np.add.reduceat(n, first), np.add.reduceat(sums, first, axis=0))
+        return Cells(key, n, sums)
+    return Cells(key[first], np.add.reduceat(n, first), np.add.reduceat(sums, first, axis=0))
 
 
 # --- the tally ----------------------------------------------------------------------------------------------
@@ -282,8 +174,9 @@ class Tally:
     cases : list of dicts, one per patient, of numbers that do not add up (put into the table by `voxels`)
     overlap, overlap_deterministic : int64 (3, 3), |ŷ_a ∩ y_b| over the whole volume; the latter None without
         a deterministic pass
-    counts : dict of int64 arrays that add up: `n_voxels`, `n_nesting_breaks`, `n_argmax_differs` (scalars),
-        `n_reference`, `n_predicted`, `n_deterministic` (3,)
+    counts : dict of int64 arrays that add up, over the whole volume: `n_voxels`, `n_nesting_breaks`,
+        `n_argmax_differs` (scalars), `n_reference`, `n_predicted`, `n_deterministic` (3,), `classes` (4, 5), predicted
+        class × reference class
     convergence : dict from a number of passes, fewer than all, to the brief Tally after them (`tally_columns`); empty
         for several patients pooled
     """
@@ -295,6 +188,12 @@ class Tally:
         self.available = frozenset(available)
         self.settings = settings or SETTINGS
         self.convergence = convergence or {}
+
+    @classmethod
+    def empty(cls, available):
+        """Return the tally of no voxels; available : as of the class."""
+        tables = {name: _added([], len(layout.sums)) for name, layout in LAYOUTS.items()}
+        return cls(tables, {}, [], available)
 
     @classmethod
     def of(cls, table):
@@ -331,14 +230,14 @@ class Tally:
                 raise SegtrustError(f"tallies of which only some have {', '.join(only)} cannot be pooled")
         tables = {
             name: _added([tally._tables[name] for tally in tallies], len(layout.sums))
-            for name, layout in _LAYOUTS.items()
+            for name, layout in LAYOUTS.items()
         }
         counts = {name: sum(tally.counts[name] for tally in tallies) for name in first.counts}
         return cls(tables, counts, cases, first.available, first.settings)
 
     def repeated(self, times):
         """Return the tally of `times` copies of every voxel; cases are kept as they are."""
-        tables = {name: _Cells(cells.key, cells.n * times, cells.sums * times) for name, cells in self._tables.items()}
+        tables = {name: Cells(cells.key, cells.n * times, cells.sums * times) for name, cells in self._tables.items()}
         counts = {name: value * times for name, value in self.counts.items()}
         return Tally(tables, counts, self.cases, self.available, self.settings)
 
@@ -346,22 +245,23 @@ class Tally:
     def stitched(cls, tallies):
         """Return WT, TC, ET and ALL of four tallies of the same voxels; counts and cases of the first."""
         tables = {}
-        for name, layout in _LAYOUTS.items():
+        for name, layout in LAYOUTS.items():
             parts = []
             for region, tally in zip(TALLY_REGIONS, tallies, strict=True):
                 cells = tally._tables[name]
-                start = layout.start(region, TALLY_MASKS[0], layout.series[0])
-                stop = start + len(TALLY_MASKS) * len(layout.series) * layout.size
-                part = slice(*np.searchsorted(cells.key, (start, stop)))
-                parts.append(_Cells(cells.key[part], cells.n[part], cells.sums[part]))
+                parts.append(cells.of_region(layout, region))
             tables[name] = _added(parts, len(layout.sums))
         first = tallies[0]
         return cls(tables, first.counts, first.cases, first.available, first.settings)
 
     # accessors
 
+    def cells(self, region, part):
+        """Return the occupied cells of one region, a dict from the tables of a part (`PARTS`) to `Cells`."""
+        return {name: self._tables[name].of_region(LAYOUTS[name], region) for name in PARTS[part]}
+
     def _dense(self, table, region, mask, series):
-        layout = _LAYOUTS[table]
+        layout = LAYOUTS[table]
         n, sums = self._tables[table].dense(layout.start(region, mask, series), layout.size)
         shape = (layout.n_outcomes, layout.n_bins)
         return n.reshape(shape).T, np.moveaxis(sums.reshape(*shape, -1), (0, 1), (2, 1))
@@ -464,68 +364,44 @@ class Tally:
 
     # files
 
-    def to_table(self):
+    def to_table(self, values=None):
         """Return the tally as a pyarrow Table, one row per occupied cell.
 
-        Column `passes` is null, but in the tallies after fewer passes, which come last. Sorted by region, table,
+        Column `passes` is null, but in the tallies after fewer passes, which come last. Sorted by region, part, table,
         series, outcome, bin, and mask last: a bin often holds the same voxels in several masks, and equal neighbours
         compress well.
+
+        values : text to keep beside it, see `write`
         """
-        early = sorted(self.convergence.items())
-        about = {
-            "settings": self.settings,
-            "cases": self.cases,
-            **self._about(),
-            "convergence": {str(passes): tally._about() for passes, tally in early},
-        }
-        table = pa.concat_tables([self._rows(None), *(tally._rows(passes) for passes, tally in early)])
+        about, stretches = self._about(), self._stretches()
+        about |= {"stretches": [[*place, len(table)] for place, table in stretches], "values": values}
+        table = pa.concat_tables([table for _, table in stretches])
         return table.replace_schema_metadata({TALLY_KEY: canonical_json(about).encode()})
 
     def _about(self):
+        early = sorted(self.convergence.items())
+        return {"settings": self.settings, "cases": self.cases, **self._counted()} | {
+            "convergence": {str(passes): tally._counted() for passes, tally in early}
+        }
+
+    def _counted(self):
         counts = {name: np.asarray(value).tolist() for name, value in self.counts.items()}
         return {"available": sorted(self.available), "counts": counts}
 
-    def _rows(self, passes):
-        offsets = np.cumsum([0, *(len(layout.series) for layout in _LAYOUTS.values())])
-        parts = []
-        for number, (name, layout) in enumerate(_LAYOUTS.items()):
-            cells = self._tables[name]
-            row, place = np.divmod(cells.key, len(layout.series) * layout.size)
-            region, mask = np.divmod(row, len(TALLY_MASKS))
-            order = np.lexsort((mask, place, region))
-            series, place = np.divmod(place[order], layout.size)
-            outcome, bins = np.divmod(place, layout.n_bins)
-            sums = np.full((len(order), len(SCORE_SUMS)), np.nan)
-            sums[:, : len(layout.sums)] = cells.sums[order]
-            named = np.full(len(order), number), offsets[number] + series
-            parts.append((region[order], mask[order], *named, outcome, bins, cells.n[order], sums))
-        region, mask, number, series, outcome, bins, n, sums = (
-            np.concatenate(column) for column in zip(*parts, strict=True)
-        )
-        order = np.argsort(region, kind="stable")
-        columns = {
-            "passes": pa.array(np.full(len(order), passes or 0), pa.int32(), mask=np.full(len(order), passes is None)),
-            "region": _dictionary(region[order], TALLY_REGIONS),
-            "table": _dictionary(number[order], tuple(_LAYOUTS)),
-            "series": _dictionary(series[order], [name for layout in _LAYOUTS.values() for name in layout.series]),
-            "outcome": pa.array(outcome[order].astype(np.uint8)),
-            "bin": pa.array(bins[order].astype(np.uint16)),
-            "mask": _dictionary(mask[order], TALLY_MASKS),
-            "n": pa.array(n[order]),
-        }
-        for position in range(sums.shape[1]):
-            columns[f"sum_{position}"] = pa.array(sums[order, position], from_pandas=True)
-        return pa.table(columns)
+    def _stretches(self):
+        """Return what is read in one go: a list of ([passes or None, region, part], pyarrow Table)."""
+        held = [(None, self), *sorted(self.convergence.items())]
+        return [
+            ([passes, region, part], _rows_of(tally.cells(region, part), passes))
+            for passes, tally in held
+            for region in TALLY_REGIONS
+            for part in PARTS
+        ]
 
     @classmethod
     def from_table(cls, table):
         """Return the tally that `to_table` wrote. Raises SegtrustError for another format or other bins."""
-        about = json.loads((table.schema.metadata or {}).get(TALLY_KEY, b"{}"))
-        if about.get("settings") != SETTINGS:
-            raise SegtrustError(
-                f"this tally has bins and format {about.get('settings')}, expected {SETTINGS}; "
-                "make it again from voxels"
-            )
+        about = about_of(table.schema)
         rows_of = table["passes"].fill_null(0).to_numpy()
         convergence = {
             int(passes): cls._of_rows(table.filter(rows_of == int(passes)), [], held, {})
@@ -535,33 +411,26 @@ class Tally:
 
     @classmethod
     def _of_rows(cls, table, cases, about, convergence):
-        region, mask = _indices(table["region"], TALLY_REGIONS), _indices(table["mask"], TALLY_MASKS)
-        row = region * len(TALLY_MASKS) + mask
-        number = _indices(table["table"], tuple(_LAYOUTS))
-        outcome, bins, n = (table[name].to_numpy().astype(np.int64) for name in ("outcome", "bin", "n"))
-        series_name = table["series"].combine_chunks()
         tables = {}
-        for position, (name, layout) in enumerate(_LAYOUTS.items()):
-            chosen = np.flatnonzero(number == position)
-            series = _indices(series_name.take(pa.array(chosen)), layout.series)
-            place = (row[chosen] * len(layout.series) + series) * layout.n_outcomes + outcome[chosen]
-            key = place * layout.n_bins + bins[chosen]
-            order = np.argsort(key, kind="stable")
-            chosen = chosen[order]
-            sums = np.empty((len(chosen), len(layout.sums)))
-            for column in range(len(layout.sums)):
-                sums[:, column] = table[f"sum_{column}"].to_numpy()[chosen]
-            tables[name] = _Cells(key[order], n[chosen], sums)
-        counts = {name: np.array(value, np.int64) for name, value in about["counts"].items()}
+        for name, cells in cells_of_rows(table, tuple(LAYOUTS)).items():
+            order = np.argsort(cells.key, kind="stable")
+            tables[name] = Cells(cells.key[order], cells.n[order], cells.sums[order])
+        counts = counts_of(about)
         return cls(tables, counts, cases, about["available"], convergence=convergence)
 
-    def write(self, path, provenance):
-        """Write the tally as Parquet with its provenance (a dict)."""
+    def write(self, path, provenance, values=None):
+        """Write the tally as Parquet with its provenance (a dict), a row group for each region and part.
+
+        values : text of the metrics of the patient, `values.Values.to_text`, for the cohort to read
+        """
+        table = self.to_table(values)
         sums = [f"sum_{position}" for position in range(len(SCORE_SUMS))]
-        table = self.to_table()
         encodings = {"bin": "DELTA_BINARY_PACKED", **dict.fromkeys(["n", *sums], "BYTE_STREAM_SPLIT")}
         repeating = [name for name in table.column_names if name not in encodings]
-        write_parquet(path, table, provenance, compression_level=9, use_dictionary=repeating, column_encoding=encodings)
+        lengths = [length for *_, length in json.loads(table.schema.metadata[TALLY_KEY])["stretches"]]
+        write_parquet_groups(
+            path, table, lengths, provenance, compression_level=9, use_dictionary=repeating, column_encoding=encodings
+        )
 
     @classmethod
     def read(cls, path):
@@ -591,6 +460,84 @@ def pooled(tallies):
     """
     tallies = list(tallies)
     return Tally._merged(tallies, [case for tally in tallies for case in tally.cases])
+
+
+def about_of(schema):
+    """Return what a tally's schema says of it: a dict. Raises SegtrustError for another format or other bins."""
+    about = json.loads((schema.metadata or {}).get(TALLY_KEY, b"{}"))
+    if about.get("settings") != SETTINGS:
+        raise SegtrustError(
+            f"this tally has bins and format {about.get('settings')}, expected {SETTINGS}; make it again from voxels"
+        )
+    return about
+
+
+def counts_of(about):
+    """Return the counts that `about_of` found, or a part of it for fewer passes: a dict of int64 arrays."""
+    return {name: np.array(value, np.int64) for name, value in about["counts"].items()}
+
+
+def _rows_of(tables, passes):
+    """Return cells (a dict from table to `Cells`) as a pyarrow Table."""
+    parts = [_columns_of(name, cells) for name, cells in tables.items()]
+    region, mask, number, series, outcome, bins, n, sums = (
+        np.concatenate(column) for column in zip(*parts, strict=True)
+    )
+    columns = {
+        "passes": pa.array(np.full(len(n), passes or 0), pa.int32(), mask=np.full(len(n), passes is None)),
+        "region": _dictionary(region, TALLY_REGIONS),
+        "table": _dictionary(number, tuple(LAYOUTS)),
+        "series": _dictionary(series, SERIES),
+        "outcome": pa.array(outcome.astype(np.uint8)),
+        "bin": pa.array(bins.astype(np.uint16)),
+        "mask": _dictionary(mask, TALLY_MASKS),
+        "n": pa.array(n),
+    }
+    for position in range(sums.shape[1]):
+        columns[f"sum_{position}"] = pa.array(sums[:, position], from_pandas=True)
+    return pa.table(columns)
+
+
+def _columns_of(name, cells):
+    layout = LAYOUTS[name]
+    row, place = np.divmod(cells.key, len(layout.series) * layout.size)
+    region, mask = np.divmod(row, len(layout.masks))
+    order = np.lexsort((mask, place))
+    series, place = np.divmod(place[order], layout.size)
+    outcome, bins = np.divmod(place, layout.n_bins)
+    sums = np.full((len(order), len(SCORE_SUMS)), np.nan)
+    sums[:, : len(layout.sums)] = cells.sums[order]
+    number = np.full(len(order), tuple(LAYOUTS).index(name))
+    named = np.array([SERIES.index(series) for series in layout.series])[series]
+    masks = np.array([TALLY_MASKS.index(mask) for mask in layout.masks])[mask[order]]
+    return region[order], masks, number, named, outcome, bins, cells.n[order], sums
+
+
+def cells_of_rows(table, names):
+    """Return the cells of some tables in a pyarrow Table of rows, a dict from name to `Cells`, in the order of rows."""
+    region, mask, series = (
+        _indices(table[name], known)
+        for name, known in (("region", TALLY_REGIONS), ("mask", TALLY_MASKS), ("series", SERIES))
+    )
+    number = _indices(table["table"], tuple(LAYOUTS))
+    outcome, bins, n = (table[name].to_numpy().astype(np.int64) for name in ("outcome", "bin", "n"))
+    found = {}
+    for name in names:
+        layout = LAYOUTS[name]
+        chosen = np.flatnonzero(number == tuple(LAYOUTS).index(name))
+        of_mask, of_series = _places(layout.masks, TALLY_MASKS), _places(layout.series, SERIES)
+        row = region[chosen] * len(layout.masks) + of_mask[mask[chosen]]
+        place = (row * len(layout.series) + of_series[series[chosen]]) * layout.n_outcomes + outcome[chosen]
+        sums = np.empty((len(chosen), len(layout.sums)))
+        for column in range(len(layout.sums)):
+            sums[:, column] = table[f"sum_{column}"].to_numpy()[chosen]
+        found[name] = Cells(place * layout.n_bins + bins[chosen], n[chosen], sums)
+    return found
+
+
+def _places(names, among):
+    """Return where each of `among` stands in `names`, an array; -1 for those that do not."""
+    return np.array([names.index(name) if name in names else -1 for name in among])
 
 
 def _dictionary(indices, names):
@@ -684,7 +631,7 @@ def tally_columns(columns, case, series=None, brief=False):
         over bins are right, and no single bin
     """
     series = columns.series if series is None else series
-    tables = {name: [] for name in _LAYOUTS}
+    tables = {name: [] for name in LAYOUTS}
     truth, predicted, own = [], [], []
     for position, region in enumerate(REGIONS):
         labels = columns.labels
@@ -711,11 +658,12 @@ def tally_columns(columns, case, series=None, brief=False):
         "overlap": overlaps(predicted),
     }
     if ENTROPY_4CLASS in series:
-        counts["n_argmax_differs"] = np.int64(count(_tally_all(tables, columns) != columns.prediction))
+        argmax, counts["classes"] = _tally_all(tables, columns)
+        counts["n_argmax_differs"] = np.int64(count(argmax != columns.prediction))
     if DETERMINISTIC in series:
         counts["n_deterministic"] = np.array([count(member) for member in own], np.int64)
         counts["overlap_deterministic"] = overlaps(own)
-    cells = {name: _added(parts, len(_LAYOUTS[name].sums)) for name, parts in tables.items()}
+    cells = {name: _added(parts, len(LAYOUTS[name].sums)) for name, parts in tables.items()}
     return Tally(cells, counts, [case], series)
 
 
@@ -729,7 +677,7 @@ class _Counter:
     Voxels are first put in the order of groups: those that share their masks, band and outcomes. What is counted
     by group is then added up to masks; sums over a group are sums over a stretch of the array.
 
-    tables : dict of lists that receive `_Cells`
+    tables : dict of lists that receive `Cells`
     masks, distance_reference : of the region
     flags : int32, below 64: whatever the outcomes of the voxel follow from
     weight : as of `Columns`
@@ -783,7 +731,7 @@ class _Counter:
         if series == "boundary_proximity":
             coarse = bins.astype(np.int64) * JOINT_BINS // len(SCORE_BINS)
         else:
-            coarse = _joint_groups().take(bins)
+            coarse = joint_groups().take(bins)
         joint = np.bincount(self._joint + coarse * JOINT_BINS + coarse_loss, self._weight, 4 * JOINT_BINS**2)
         _, one, other, both = joint.reshape(4, -1)
         for mask, n in zip(JOINT_MASKS, (one + both, other + both), strict=True):
@@ -801,7 +749,7 @@ class _Counter:
 
     def _cells(self, table, series, bins, outcome, sums, with_bands):
         """Count by group and bin, then by mask, outcome and bin."""
-        layout = _LAYOUTS[table]
+        layout = LAYOUTS[table]
         key = self._group * layout.n_bins + bins
         size = len(self._first) * layout.n_bins
         n = np.bincount(key, self._weight, size)
@@ -820,7 +768,7 @@ class _Counter:
 
     def _spread(self, table, series, group, place, outcome, n, sums, with_bands):
         """Add cells by group and bin to every mask and band that the group lies in."""
-        layout = _LAYOUTS[table]
+        layout = LAYOUTS[table]
         place = outcome[self._flags[group]] * layout.n_bins + place
         for mask in range(len(TALLY_MASKS) if with_bands else len(MASKS)):
             chosen = np.flatnonzero(self._member[group, mask])
@@ -830,10 +778,10 @@ class _Counter:
                 self._keep(table, series, mask, np.bincount(at, n[chosen], layout.size), totals)
 
     def _keep(self, table, series, mask, n, totals):
-        start = _LAYOUTS[table].start(self._region, TALLY_MASKS[mask], series)
+        start = LAYOUTS[table].start(self._region, TALLY_MASKS[mask], series)
         occupied = np.flatnonzero(n)
         sums = np.stack([total[occupied] for total in totals], axis=1) if totals else np.empty((len(occupied), 0))
-        self._tables[table].append(_Cells(start + occupied, np.rint(n[occupied]).astype(np.int64), sums))
+        self._tables[table].append(Cells(start + occupied, np.rint(n[occupied]).astype(np.int64), sums))
 
 
 def _ranked(code):
@@ -911,7 +859,7 @@ def _tally_region(tables, region, columns, position, truth, predicted, own, seri
     if "boundary_proximity" in series:
         distance = counter.sorted(columns.distance_predicted[position])
         if len(distance) and not np.isnan(distance[0]):
-            score("boundary_proximity", _distance_bins().take(distance.view(np.uint16)), boundary_proximity(distance))
+            score("boundary_proximity", distance_bins().take(distance.view(np.uint16)), boundary_proximity(distance))
     if DETERMINISTIC in series:
         p0 = counter.sorted(columns.deterministic[position]).astype(np.float64)
         entropy, own_loss = _tally_probability(counter, DETERMINISTIC, p0, truth, _OWN)
@@ -937,7 +885,7 @@ def _tally_probability(counter, kind, p, truth, predicted):
 
 
 def _tally_all(tables, columns):
-    """Count the four-class view; return the class of the greatest mean probability."""
+    """Count the four-class view; return the class of the greatest mean probability, and `classes` of the volume."""
     labels = columns.labels
     distribution = four_class(np.stack(columns.probability).astype(np.float64))
     argmax = distribution.argmax(axis=0)
@@ -966,7 +914,12 @@ def _tally_all(tables, columns):
     loss = _loss(np.log(np.clip(counter.sorted(of_truth), CLIP, 1 - CLIP)))
     counter.scores(ENTROPY_4CLASS, SCORE_BINS.index(entropy), entropy, np.where(correct, TN, FP), loss)
     counter.classes()
-    return argmax
+    by_flags = np.bincount(flags, columns.weight, len(_FLAGS))
+    classes = np.zeros((len(CLASSES), len(CLASSES) + 1), np.int64)
+    np.add.at(
+        classes, (_PREDICTED_CLASS, np.minimum(_REFERENCE_CLASS, len(CLASSES))), np.rint(by_flags).astype(np.int64)
+    )
+    return argmax, classes
 
 
 def tally_quiet(distances, with_deterministic, with_members, with_variance):

@@ -12,19 +12,15 @@ from segtrust.cohort import (
     METRICS_SCHEMA,
     STRATA_SCHEMA,
     _cases,
-    _concordant,
-    _recalibration,
-    _resampled_aupr,
-    _resampled_gaps,
     _volume_quantiles,
     check_agreement,
     cohort,
 )
 from segtrust.errors import Problems, SegtrustError
 from segtrust.files import write_json
-from segtrust.intervals import draw
 from segtrust.masks import CONDITIONAL_ON_REFERENCE, MASKS
 from segtrust.measures import MEASURES, binary_entropy
+from segtrust.pool import HeldTally
 from segtrust.tables import read_scales
 from segtrust.tally import Tally, pooled
 from segtrust.voxels import voxels
@@ -378,7 +374,7 @@ def test_strata_agree_with_the_scores_in_the_patients_table():
 def test_a_patient_without_a_predicted_region_has_no_score():
     # Moved inwards by 9 voxels, the ball of radius 4 is gone.
     tallies = [tally_of(0, shift=-9), tally_of(1)]
-    scores = _cases(tallies, "WT")["scores"]["brain_mean", "entropy"]
+    scores = _cases([HeldTally(tally) for tally in tallies], "WT")["scores"]["brain_mean", "entropy"]
     assert np.isnan(scores[0])
     assert np.isfinite(scores[1])
 
@@ -387,65 +383,6 @@ def test_volumes_of_nineteen_passes_have_their_outermost_as_interval():
     volumes = np.arange(19.0)
     assert list(_volume_quantiles(volumes)) == [0, 9, 18]
     assert np.isnan(_volume_quantiles(volumes[:18])[0])
-
-
-def test_a_resampled_auroc_is_that_of_the_weighted_counts():
-    counts = np.stack([tally.scores("WT", "brain", "entropy") for tally in twelve()])
-    weights = draw(np.arange(12), 5, 0).weights
-    wrong, right = counts[..., 1] + counts[..., 2], counts[..., 0] + counts[..., 3]
-    pairs = (weights @ wrong.sum(axis=1)) * (weights @ right.sum(axis=1))
-    expected = metrics.auroc(np.tensordot(weights, counts, 1))
-    assert _concordant(weights, wrong, right) / pairs == pytest.approx(expected, rel=1e-12)
-
-
-def test_a_resampled_aupr_is_that_of_the_weighted_counts():
-    counts = np.stack([tally.scores("WT", "brain", "entropy") for tally in twelve()])
-    weights = draw(np.arange(12), 5, 0).weights
-    wrong, right = counts[..., 1] + counts[..., 2], counts[..., 0] + counts[..., 3]
-    expected = metrics.aupr(np.tensordot(weights, counts, 1))
-    found = _resampled_aupr(weights, wrong, right, metrics.aupr(counts.sum(axis=0)))
-    # Single precision in the sums of a resample.
-    assert found == pytest.approx(expected, abs=1e-5)
-
-
-def test_resampled_calibration_errors_are_those_of_the_weighted_counts():
-    parts = [tally.probabilities("WT", "brain", "probability") for tally in twelve()]
-    n, sum_p = (np.stack([part[name] for part in parts]) for name in ("n", "sum_p"))
-    weights = draw(np.arange(12), 5, 0).weights
-    ece, ace, mce, _ = _resampled_gaps(weights, n, sum_p, 15, "probability")
-    drawn = np.tensordot(weights, n, 1), np.tensordot(weights, sum_p, 1)
-    assert ece == pytest.approx(metrics.ece_class_probability(*drawn, 15), rel=1e-9)
-    assert ace == pytest.approx(metrics.ace_class_probability(*drawn, 15), rel=1e-9)
-    assert mce == pytest.approx(metrics.mce_class_probability(*drawn, 15), rel=1e-9)
-
-
-def test_equal_mass_bins_of_a_resample_that_is_the_cohort_are_those_of_the_cohort():
-    parts = [tally.probabilities("WT", "predicted_5mm", "probability") for tally in twelve()]
-    n, sum_p = (np.stack([part[name] for part in parts]) for name in ("n", "sum_p"))
-    found = _resampled_gaps(np.ones((1, 12)), n, sum_p, 15, "probability")[3]
-    expected = metrics.ece_equal_mass_class_probability(n.sum(axis=0), sum_p.sum(axis=0), 15)
-    assert found[0] == pytest.approx(float(expected), rel=1e-9)
-
-
-def test_one_newton_step_recalibrates_a_resample_closely():
-    parts = [tally.probabilities("WT", "brain", "probability") for tally in twelve()]
-    part = {name: np.stack([each[name] for each in parts]) for name in parts[0]}
-    weights = draw(np.arange(12), 6, 0).weights
-    _, refits = _recalibration(weights, part)
-    total = {name: np.tensordot(weights, part[name], 1) for name in ("n", "sum_logit")}
-    _, slope = metrics.logistic_recalibration(total["n"], total["sum_logit"])
-    # With 12 patients a resample is far from the cohort; the error falls with their number.
-    assert refits["calibration_slope", None] == pytest.approx(slope, rel=0.1)
-
-
-def test_a_resample_of_one_class_has_no_recalibration():
-    whole = twelve()[0].probabilities("WT", "brain", "probability")
-    # the second patient has no positive voxel
-    part = {name: np.stack([values, values * [1, 0]]) for name, values in whole.items()}
-    _, refits = _recalibration(np.array([[1.0, 1.0], [0.0, 2.0]]), part)
-    slope = refits["calibration_slope", None]
-    assert np.isfinite(slope[0])
-    assert np.isnan(slope[1])
 
 
 def test_a_cohort_without_test_patients_is_refused():

@@ -8,9 +8,10 @@ from sklearn import metrics as sklearn_metrics
 from test_voxels import draw_patient, summary_of, table_of
 
 from segtrust import metrics
+from segtrust.bins import CONFIDENCE_BINS, FN, FP, PROBABILITY_BINS, SCORE_BINS, TN, TP
 from segtrust.masks import BANDS, band_index
 from segtrust.measures import binary_entropy
-from segtrust.tally import CONFIDENCE_BINS, FN, FP, PROBABILITY, PROBABILITY_BINS, SCORE_BINS, TN, TP, Tally
+from segtrust.tally import PROBABILITY, Tally
 
 # --- counts of plain arrays, by the bins of the tally
 

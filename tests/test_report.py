@@ -154,6 +154,8 @@ def strata_table(model, patients):
                     "ci_high": dice.quantile(0.8) if enough else math.nan,
                     "score_low": score[inside].min(),
                     "score_high": score[inside].max(),
+                    "group": None,
+                    "group_value": None,
                 }
             )
     return pd.DataFrame(rows)

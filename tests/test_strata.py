@@ -16,7 +16,8 @@ def rows_of(scores, dice, absent=None, subjects=None, calibration=NOBODY):
     scores, dice = np.asarray(scores, float), np.asarray(dice, float)
     absent = np.zeros(len(scores), bool) if absent is None else np.asarray(absent)
     subjects = np.arange(len(scores)) if subjects is None else np.asarray(subjects)
-    rows = strata.stratify(scores, dice, absent, subjects, np.asarray(calibration, float))
+    cut = strata.Cutoffs.of(np.asarray(calibration, float), scores, anew=True)
+    rows = strata.stratify(scores, dice, absent, subjects, cut)
     return {(row["scheme"], row["stratum"]): row for row in rows}
 
 
@@ -218,9 +219,10 @@ def test_cliffs_delta_agrees_with_scipys_u():
 
 def test_separated_strata_have_the_permutation_p_of_their_count():
     # 5 against 5 without overlap: 2 of 252 divisions are as extreme in the median up to ties of medians.
-    found = strata.permutation_p(np.arange(5) / 10, np.arange(10, 15) / 10, seed=0)
-    medians = []
     values = np.concatenate([np.arange(5), np.arange(10, 15)]) / 10
+    lowest = np.arange(10) < 5
+    found = strata.permutation_p(values, ~lowest, lowest, np.arange(10), seed=0)
+    medians = []
     for chosen in itertools.combinations(range(10), 5):
         rest = [k for k in range(10) if k not in chosen]
         medians.append(abs(np.median(values[list(chosen)]) - np.median(values[rest])))
@@ -229,11 +231,22 @@ def test_separated_strata_have_the_permutation_p_of_their_count():
     assert found == pytest.approx(exact, abs=4 * np.sqrt(exact * (1 - exact) / 9_999) + 1e-4)
 
 
+def test_sessions_of_one_person_change_places_together():
+    # three persons of two sessions each: the three divisions of the persons are all that there is to draw
+    values, subjects = np.array([0.1, 0.2, 0.3, 0.4, 0.8, 0.9]), np.repeat([0, 1, 2], 2)
+    highest = subjects == 2
+    found = strata.permutation_p(values, highest, ~highest, subjects, seed=0)
+    exact = 1 / 3  # only the highest pair against the others is as far apart
+    assert found == pytest.approx(exact, abs=4 * np.sqrt(exact * (1 - exact) / 9_999) + 1e-4)
+
+
 def triage_of(scores, dice, calibration=NOBODY, n_resamples=200):
     scores, dice = np.asarray(scores, float), np.asarray(dice, float)
     draws = intervals.draw(np.arange(len(scores)), n_resamples, 0)
     volumes = {"predicted_volume": np.arange(len(scores)) % 5, "reference_volume": np.arange(len(scores)) % 7}
-    rows = strata.triage(scores, dice, volumes, draws, 0.8, np.asarray(calibration, float), seed=0)
+    cases = strata.Cases(dice, volumes, draws, np.arange(len(scores)), 0.8)
+    cut = strata.Cutoffs.of(np.asarray(calibration, float), scores, anew=True)
+    rows = strata.triage(scores, cases, cut, seed=0)
     return {row["metric"]: row for row in rows}
 
 
@@ -266,3 +279,27 @@ def test_a_single_patient_has_null_triage_throughout():
     rows = triage_of([0.4], [0.9])
     assert all(np.isnan(row["value"]) for row in rows.values())
     assert all(str(row["interval"].label).startswith("none") for row in rows.values())
+
+
+def test_triage_has_the_resamples_of_each_metric_alone():
+    generator = np.random.default_rng(9)
+    scores, dice = generator.integers(0, 12, 40) / 12, generator.random(40)
+    rows, draws = triage_of(scores, dice), intervals.draw(np.arange(40), 200, 0)
+    volume = np.arange(40) % 5
+    alone = {
+        "spearman": strata.spearman(scores, dice, draws.weights),
+        "partial_spearman_predicted_volume": strata.partial_spearman(scores, dice, volume, draws.weights),
+        "aurc": strata.aurc(scores, 1 - dice, draws.weights),
+        "e_aurc": strata.e_aurc(scores, 1 - dice, draws.weights),
+        "augrc": strata.augrc(scores, 1 - dice, draws.weights),
+    }
+    for name, resampled in alone.items():
+        expected = np.quantile(resampled, [0.025, 0.975])
+        # single precision in resamples
+        assert [rows[name]["interval"].low, rows[name]["interval"].high] == pytest.approx(expected, abs=1e-5), name
+
+
+def test_cut_offs_set_in_sample_are_flagged_where_they_count():
+    rows = triage_of(np.arange(20.0), np.linspace(1, 0, 20))
+    assert rows["q4_minus_q1"]["interval"].label.endswith("; in_sample cut-offs")
+    assert "in_sample" not in rows["spearman"]["interval"].label

@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_voxels import draw_patient, summary_of, table_of
 
+from segtrust.bins import CONFIDENCE_BINS, FN, FP, PROBABILITY_BINS, SCORE_BINS, TN, TP
 from segtrust.errors import SegtrustError
 from segtrust.masks import BANDS, MASKS, band_index
 from segtrust.measures import binary_entropy, entropy_4class
@@ -16,17 +17,10 @@ from segtrust.tally import (
     ALL,
     CASE_KEY,
     CLASS_KINDS,
-    CONFIDENCE_BINS,
     DETERMINISTIC,
-    FN,
-    FP,
     JOINT_MASKS,
     PROBABILITY,
-    PROBABILITY_BINS,
     REST_KEY,
-    SCORE_BINS,
-    TN,
-    TP,
     Columns,
     Tally,
     pooled,

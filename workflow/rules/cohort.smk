@@ -25,6 +25,7 @@ rule cohort:
         "logs/benchmark/cohort/{model}.tsv"
     conda:
         "../../envs/segtrust.yaml"
+    threads: 2
     resources:
         mem_mb=lambda wildcards, attempt: 4000 * attempt,
         runtime=lambda wildcards, attempt: 60 * attempt,

@@ -3,7 +3,10 @@
 from segtrust.files import read_parquet
 from segtrust.jobs import job
 from segtrust.tally import Tally
+from segtrust.values import to_text
 
 with job(snakemake, "tally"):
     table, provenance = read_parquet(snakemake.input.voxels)
-    Tally.of(table).write(snakemake.output.tally, {**provenance, "tally": {"code": snakemake.params.code}})
+    tally = Tally.of(table)
+    provenance["tally"] = {"code": snakemake.params.code}
+    tally.write(snakemake.output.tally, provenance, to_text(tally))
