@@ -78,7 +78,7 @@ def error_rate_quantities():
     return [
         Quantity(
             f"pooled error rate, {kind}",
-            "percentile",
+            "expanded_percentile",
             RATE * np.exp(RATE_CORRELATION * size * rate),
             kind == "mild skew",
         )
@@ -97,7 +97,7 @@ def error_rates(generator, draws, n_cohorts):
         drawn = scores_of(draws.weights @ wrong.T, draws.weights @ (voxels - wrong).T)
         value = metrics.error_rate(counts.sum(axis=1)[..., np.newaxis, :])
         resampled = metrics.error_rate(drawn[..., np.newaxis, :])
-        found.append(intervals.percentile(value, resampled, n))
+        found.append(intervals.expanded_percentile(value, resampled, n))
     return found
 
 
@@ -134,8 +134,8 @@ def ranking_quantities():
         wrong = N_WRONG * np.exp(covariance[1, 1] / 2) * shares(wrong_mean, wrong_variance)
         right = N_RIGHT * np.exp(covariance[0, 0] / 2) * shares(covariance[0, 2], 1 + covariance[2, 2])
         counts, mild = scores_of(wrong, right), kind == "mild skew"
-        quantities.append(Quantity(f"pooled AUROC, {kind}", "percentile", float(metrics.auroc(counts)), mild))
-        quantities.append(Quantity(f"pooled AUPR, {kind}", "percentile", float(metrics.aupr(counts)), mild))
+        quantities.append(Quantity(f"pooled AUROC, {kind}", "expanded_percentile", float(metrics.auroc(counts)), mild))
+        quantities.append(Quantity(f"pooled AUPR, {kind}", "expanded_percentile", float(metrics.aupr(counts)), mild))
     return quantities
 
 
@@ -155,7 +155,7 @@ def rankings(generator, draws, n_cohorts):
         values = scores_of(wrong.sum(axis=1), right.sum(axis=1))
         resampled = np.stack([ranked(draws.weights, *one) for one in zip(wrong, right, strict=True)], axis=2)
         for metric, again in zip((metrics.auroc, metrics.aupr), resampled, strict=True):
-            found.append(intervals.percentile(metric(values), again, n))
+            found.append(intervals.expanded_percentile(metric(values), again, n))
     return found
 
 
@@ -187,7 +187,9 @@ def calibration_quantities():
     for name, slope in SLOPES.items():
         values = errors_of_calibration(BIN_SHARES, BIN_SHARES * (CENTRES - fraction_positive(slope)))
         for metric, value in zip(CALIBRATION_METRICS, values, strict=True):
-            quantities.append(Quantity(f"pooled {metric.upper()}, {name}", "basic", float(value), name != "calibrated"))
+            quantities.append(
+                Quantity(f"pooled {metric.upper()}, {name}", "envelope", float(value), name != "calibrated")
+            )
     return quantities
 
 
@@ -212,7 +214,7 @@ def calibrations(generator, draws, n_cohorts):
             ],
             axis=2,
         )
-        found += [intervals.basic(value, again, n) for value, again in zip(values, resampled, strict=True)]
+        found += [intervals.envelope(value, again, n) for value, again in zip(values, resampled, strict=True)]
     return found
 
 
@@ -332,7 +334,7 @@ def triage_quantities():
         risk = np.cumsum(1 - dice.mean(axis=1)) / np.arange(1, GRID + 1)
         quantities += [
             Quantity(f"q4_minus_q1, {kind}", "percentile", float(highest - lowest), mild),
-            Quantity(f"aurc, {kind}", "percentile", float(risk.mean()), mild),
+            Quantity(f"aurc, {kind}", "expanded_percentile", float(risk.mean()), mild),
             Quantity(f"median Dice of Q4, {kind}", "order_statistic", float(highest), mild),
         ]
     return quantities
@@ -366,16 +368,16 @@ def triages(generator, draws, n_cohorts):
     for location, scale in DICE.values():
         dice = special.ndtr(location + scale * latent)
         found.append(percentile_of(of_strata(strata.median_difference, dice), n))
-        found.append(percentile_of(of_ranks(strata.aurc, 1 - dice), n))
+        found.append(percentile_of(of_ranks(strata.aurc, 1 - dice), n, intervals.expanded_percentile))
         members = [one[highest > 0] for one, (highest, _) in zip(dice, here, strict=True)]
         found.append(stacked(intervals.median_interval(inside, len(inside)) for inside in members))
     return found
 
 
-def percentile_of(pairs, n):
+def percentile_of(pairs, n, method=intervals.percentile):
     """Return the percentile Intervals of cohorts; pairs : (value, resampled (n_resamples,)) of each."""
     values, resampled = zip(*pairs, strict=True)
-    return intervals.percentile(np.array(values), np.stack(resampled, axis=1), n)
+    return method(np.array(values), np.stack(resampled, axis=1), n)
 
 
 # --- the study ----------------------------------------------------------------------------------------------------

@@ -556,7 +556,8 @@ def _add_pooled(rows, draws, pooled, keys):
         elif draws is None:
             interval = _nothing(TOO_SMALL)
         else:
-            method = intervals.basic if metric.startswith(("ece_", "ace_", "mce_")) else intervals.percentile
+            errors = metric.startswith(("ece_", "ace_", "mce_"))
+            method = intervals.envelope if errors else intervals.expanded_percentile
             interval = method(value, pooled.resampled[metric, bins], n_subjects)
         n_voxels = pooled.n_voxels.sum()
         rows.add(metric, value, interval, here.sum(), pooling="pooled", n_bins=bins, n_voxels=n_voxels, **keys)
@@ -570,9 +571,9 @@ def _add_ue_dice(rows, draws, pooled, keys):
     if draws is None:
         of_mean = of_pool = _nothing(TOO_SMALL)
     else:
-        of_pool = intervals.percentile(dice.value, dice.resampled, draws.count_subjects(pooled.n_voxels > 0))
+        of_pool = intervals.expanded_percentile(dice.value, dice.resampled, draws.count_subjects(pooled.n_voxels > 0))
         if dice.resampled_mean is not None:
-            of_mean = intervals.percentile(mean, dice.resampled_mean, draws.count_subjects(exists))
+            of_mean = intervals.expanded_percentile(mean, dice.resampled_mean, draws.count_subjects(exists))
         else:
             of_mean = _at(intervals.studentised(dice.per_case[:, np.newaxis], draws, 0, 1), 0)
     if dice.in_sample:
@@ -672,7 +673,7 @@ def _pooled_curves(curves, draws, pooled):
         held = pooled.total.confidences if kind == "confidence" else pooled.total.probabilities
         part = held(*keys.values())
         x, y, n = metrics.reliability(part["n"], part["sum_c" if kind == "confidence" else "sum_p"], bins, kind)
-        band = intervals.percentile(y, fractions, n_subjects)
+        band = intervals.expanded_percentile(y, fractions, n_subjects)
         more = {"low": band.low, "high": band.high, "n": n, "n_bins": bins, "pooling": "pooled"}
         curves.add(name, x, y, **more, **keys)
 
@@ -850,7 +851,9 @@ def _segmentation(rows, evaluated, region, table, keys):
             "precision": metrics.precision(found, predicted - found),
         }
     for name, value in overlaps.items():
-        interval = intervals.percentile(value, resampled[name], n_subjects) if resampled else _nothing(TOO_SMALL)
+        interval = (
+            intervals.expanded_percentile(value, resampled[name], n_subjects) if resampled else _nothing(TOO_SMALL)
+        )
         rows.add(name, float(value), interval, n_cases, region=region, pooling="pooled", **keys)
     count = _nothing("none: a count")
     rows.add("n_both_empty", float(table["both_empty"].sum()), count, n_cases, **level)
@@ -874,7 +877,7 @@ def _two_views(rows, evaluated, keys):
     interval = _nothing(TOO_SMALL)
     if draws is not None:
         drawn = _ratio(draws.weights @ differs, draws.weights @ n_voxels)
-        interval = intervals.percentile(value, drawn, draws.n_subjects)
+        interval = intervals.expanded_percentile(value, drawn, draws.n_subjects)
     more = {"region": ALL, "pooling": "pooled", "n_voxels": n_voxels.sum(), **keys}
     rows.add("argmax_differs", float(value), interval, len(n_voxels), **more)
 

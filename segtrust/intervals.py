@@ -119,39 +119,55 @@ def studentised(values, draws, lowest=-np.inf, highest=np.inf):
 
 
 def percentile(value, resampled, n_subjects):
-    """Return the percentile intervals of pooled numbers.
+    """Return the percentile intervals of rank statistics and differences of medians.
 
-    value : float64 (…), from the fine tallies; resampled : float64 (n_resamples, …), NaN where undefined
+    value : float64 (…); resampled : float64 (n_resamples, …), NaN where undefined
     n_subjects : int (…), subjects that contribute
     """
-    value = np.asarray(value, dtype=np.float64)
     lower, upper, n_undefined = _quantiles(resampled)
-    nothing = np.full_like(lower, np.nan)
-    return _judged(
-        "percentile",
-        _beside(value, lower),
-        _beside(value, upper),
-        nothing,
-        n_subjects,
-        n_undefined,
-        len(resampled),
-    )
+    return _of_quantiles("percentile", value, lower, upper, n_subjects, n_undefined, len(resampled))
 
 
-def basic(value, resampled, n_subjects):
-    """Return the basic bootstrap intervals of calibration errors, clipped at 0, and the resampling bias.
+def expanded_percentile(value, resampled, n_subjects):
+    """Return the percentile intervals of pooled numbers, at the level that suits the number of subjects.
 
-    A resample's calibration error exceeds that of the cohort, because noise in a bin counts as error; the
-    basic interval [2·value − upper, 2·value − lower] reflects that excess back. Arguments as in `percentile`.
+    Resamples of n subjects spread by √((n − 1)/n) too little, and normal quantiles stand where those of Student's t
+    belong: 93 % instead of 95 % with 20 subjects. The quantiles at Φ(−√(n/(n − 1)) t) make up for both, t being the
+    97.5 % quantile of n − 1 degrees of freedom (Hesterberg 2015, The American Statistician 69:371). Arguments as in
+    `percentile`.
+    """
+    lower, upper, n_undefined = _quantiles(resampled, _expanded(n_subjects))
+    return _of_quantiles("expanded_percentile", value, lower, upper, n_subjects, n_undefined, len(resampled))
+
+
+def envelope(value, resampled, n_subjects):
+    """Return the intervals of calibration errors, and the resampling bias.
+
+    A resample's calibration error exceeds that of the cohort, because noise in a bin counts as error. The basic
+    interval [2·value − upper, 2·value − lower] reflects that excess back; where gaps are small, an absolute value has a
+    kink and it reflects too much. On each side the wider one of the basic and the percentile interval is taken, both
+    at the level of `expanded_percentile`, clipped at 0. Arguments as in `percentile`.
     """
     value = np.asarray(value, dtype=np.float64)
-    lower, upper, n_undefined = _quantiles(resampled)
+    lower, upper, n_undefined = _quantiles(resampled, _expanded(n_subjects))
     finite = np.isfinite(resampled)
     with np.errstate(invalid="ignore", divide="ignore"):
         bias = np.where(finite, resampled, 0).sum(axis=0) / finite.sum(axis=0) - value
-    low = np.maximum(2 * value - upper, 0)
-    high = np.maximum(2 * value - lower, 0)
-    return _judged("basic", low, high, bias, n_subjects, n_undefined, len(resampled))
+    low = np.maximum(np.minimum(lower, 2 * value - upper), 0)
+    high = np.maximum(upper, 2 * value - lower)
+    return _judged("envelope", low, high, bias, n_subjects, n_undefined, len(resampled))
+
+
+def _expanded(n_subjects):
+    n = np.maximum(n_subjects, 2)
+    return stats.norm.cdf(-np.sqrt(n / (n - 1)) * stats.t.ppf(1 - ALPHA / 2, n - 1))
+
+
+def _of_quantiles(method, value, lower, upper, n_subjects, n_undefined, n_resamples):
+    """Return intervals between quantiles; none where the value itself is undefined."""
+    undefined, nothing = ~np.isfinite(np.asarray(value, np.float64)), np.full_like(lower, np.nan)
+    low, high = (np.where(undefined, np.nan, bound) for bound in (lower, upper))
+    return _judged(method, low, high, nothing, n_subjects, n_undefined, n_resamples)
 
 
 def wilson(successes, n, n_subjects):
@@ -228,14 +244,17 @@ def _per_subject(values, draws):
     return sums
 
 
-def _quantiles(resampled):
-    """Return the 2.5 % and 97.5 % quantiles over axis 0 of the finite resamples, and the count of the others."""
+def _quantiles(resampled, level=ALPHA / 2):
+    """Return quantiles over axis 0 of the finite resamples, at a level and its opposite, and the count of the others.
+
+    level : float, or one for each number
+    """
     finite = np.isfinite(resampled)
     n_finite = finite.sum(axis=0)
     ordered = np.sort(np.where(finite, resampled, np.inf), axis=0)
     bounds = []
-    for level in (ALPHA / 2, 1 - ALPHA / 2):
-        position = np.maximum(n_finite - 1, 0) * level
+    for share in (level, 1 - level):
+        position = np.maximum(n_finite - 1, 0) * share
         below = np.floor(position).astype(np.int64)
         above = np.minimum(below + 1, np.maximum(n_finite - 1, 0))
         start = np.take_along_axis(ordered, below[np.newaxis], axis=0)[0]
@@ -243,11 +262,6 @@ def _quantiles(resampled):
         start, end = (np.where(n_finite > 0, edge, np.nan) for edge in (start, end))
         bounds.append(start + (position - below) * (end - start))
     return bounds[0], bounds[1], len(resampled) - n_finite
-
-
-def _beside(value, bound):
-    """Return the bound, NaN where the value itself is undefined."""
-    return np.where(np.isfinite(value), bound, np.nan)
 
 
 def _judged(method, low, high, bias, n_subjects, n_undefined, n_resamples):

@@ -152,14 +152,15 @@ def _equal_width(n, sums, n_bins, kind):
 def _equal_mass(n, sums, n_bins):
     """Return the same by quantile bins: equal values stay together, bins without voxels vanish.
 
-    A bin starts at the quantile k/n_bins (linear interpolation), which belongs to it.
+    A bin starts at the quantile k/n_bins, which belongs to it: the least value that a share k/n_bins of the voxels does
+    not exceed. Copies of all voxels leave it where it is, which an interpolated quantile does not.
     """
     n, sums = np.asarray(n, float), np.asarray(sums, float)
     parts = (n.sum(axis=-1), n[..., 1], sums.sum(axis=-1))
     cumulative = [np.concatenate([np.zeros_like(p[..., :1]), np.cumsum(p, axis=-1)], axis=-1) for p in parts]
     total = cumulative[0][..., -1:]
     share = np.arange(1, n_bins) / n_bins
-    position = np.ceil(np.maximum(total - 1, 0) * share - 1e-9)
+    position = np.ceil(total * share - 1e-9) - 1
     inner = np.stack(
         [(cumulative[0][..., 1:] <= position[..., k : k + 1]).sum(axis=-1) for k in range(n_bins - 1)], axis=-1
     )

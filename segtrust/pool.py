@@ -716,7 +716,7 @@ def _equal_mass_gaps(reached, gaps, n_bins):
     """
     reached = reached.astype(np.float64)
     total = reached[:, -1:]
-    position = np.ceil(np.maximum(total - 1, 0) * np.arange(1, n_bins) / n_bins - 1e-9)
+    position = np.ceil(total * np.arange(1, n_bins) / n_bins - 1e-9) - 1
     # one search for all rows: each is moved beyond the one before
     apart = (np.arange(len(reached)) * (total.max(initial=0) + 1))[:, np.newaxis]
     inner = np.searchsorted((reached + apart).ravel(), (position + apart).ravel(), side="right").reshape(position.shape)

@@ -281,7 +281,8 @@ def _ranking(scores, part, ending):
     for name in _RANKING:
         value, interval = found[0][name][0], _UNDEFINED
         if part.draws:
-            interval = intervals.percentile(value, found[1][name], part.n_subjects)
+            method = intervals.percentile if "spearman" in name else intervals.expanded_percentile
+            interval = method(value, found[1][name], part.n_subjects)
         rows.append(_row(name + ending, value, interval, len(scores)))
     failed, auroc = part.failed, failure_auroc(scores, part.failed)
     interval = intervals.newcombe(auroc, int(failed.sum()), int((~failed).sum()), part.n_subjects)

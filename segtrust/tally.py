@@ -71,6 +71,8 @@ CLIP = 1e-7  # of p, in every logarithm
 SCORE_SUMS = ("u", "u2", "loss", "loss2", "u_loss")
 PROBABILITY_SUMS = ("p", "p2", "log_p", "log_1mp")
 JOINT_MASKS = ("brain", "predicted_5mm")
+_JOINT_BELOW = 60  # bins of a loss below 0.1
+_STRETCH = 2**15  # voxels added one by one
 
 # --- tables -------------------------------------------------------------------------------------------------
 
@@ -762,7 +764,7 @@ class _Counter:
                 first = np.searchsorted(cell, np.arange(len(self._first)) * layout.n_bins)
                 held[first, position] = np.add.reduceat(weighted, self._first)
             else:
-                held[:, position] = np.bincount(key, weighted, size)[cell]
+                held[:, position] = _sums_by(key, weighted, size)[cell]
         group, place = np.divmod(cell, layout.n_bins)
         self._spread(table, series, group, place, outcome, n[cell], held, with_bands)
 
@@ -782,6 +784,19 @@ class _Counter:
         occupied = np.flatnonzero(n)
         sums = np.stack([total[occupied] for total in totals], axis=1) if totals else np.empty((len(occupied), 0))
         self._tables[table].append(Cells(start + occupied, np.rint(n[occupied]).astype(np.int64), sums))
+
+
+def _sums_by(key, values, size):
+    """Return sums of values by key, (size,).
+
+    Equal numbers added one by one all round to the same side: a million ties are off by 1e-8 of their sum. Sums of
+    stretches, added up, are not.
+    """
+    total = np.zeros(size)
+    for first in range(0, len(key), _STRETCH):
+        part = slice(first, first + _STRETCH)
+        total += np.bincount(key[part], values[part], size)
+    return total
 
 
 def _ranked(code):
@@ -805,10 +820,13 @@ def _bands_of_half():
 def _loss(log_likelihood):
     """Return the loss of each voxel, its square, and its bin in the joint histogram."""
     loss = -log_likelihood
-    # the first bin is for probabilities at the clip, often half of all voxels; then up to -log 1e-7 by equal ratios
-    low, high = np.log(CLIP), np.log(-np.log(CLIP))
-    coarse = (np.log(loss.astype(np.float32)) - np.float32(low)) * np.float32((JOINT_BINS - 1) / (high - low))
-    coarse = coarse.astype(np.int64).clip(0, JOINT_BINS - 2) + 1
+    # the first bin is for probabilities at the clip, often half of all voxels; then up to 0.1 by equal ratios, and by
+    # smaller ones up to -log 1e-7, where errors lie
+    logarithm = np.log(loss.astype(np.float32))
+    low, middle, high = (np.float32(np.log(value)) for value in (CLIP, 0.1, -np.log(CLIP)))
+    below = (logarithm - low) * np.float32(_JOINT_BELOW / (middle - low))
+    above = (logarithm - middle) * np.float32((JOINT_BINS - 1 - _JOINT_BELOW) / (high - middle)) + _JOINT_BELOW
+    coarse = np.where(logarithm < middle, below, above).astype(np.int64).clip(0, JOINT_BINS - 2) + 1
     coarse[loss < CLIP * (1 + 1e-6)] = 0
     return loss, loss * loss, coarse
 

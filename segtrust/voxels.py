@@ -196,7 +196,7 @@ def _check(summary, labels, brain, brain_t1, cavity, patient):
         if values.shape != (3, *grid):
             raise PatientError(f"{patient}: {name} has shape {values.shape}, expected {(3, *grid)}")
         low, top = float(values.min()), float(values.max())
-        if not (low >= 0 and top <= high * (1 + 1e-6)):  # NaN fails both
+        if not (low >= 0 and top <= high):  # NaN fails both
             bad = int((~((values >= 0) & (values <= high))).sum())
             raise PatientError(
                 f"{patient}: {name} has {bad:,} values outside [0, {high:g}] or NaN (smallest {low:g}, largest {top:g})"

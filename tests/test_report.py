@@ -55,7 +55,7 @@ def metric(model, region, name, value, pooling, n_cases, measure=None, mask=None
         "n_voxels": None if mask is None else n_voxels,
         "ci_low": value - 0.0123 if bounded else None,
         "ci_high": value + 0.0123 if bounded else None,
-        "interval": "basic" if bounded else "none: fewer than 6 subjects",
+        "interval": "envelope" if bounded else "none: fewer than 6 subjects",
         "conditional_on_reference": False,
         "mask_depends_on_model": mask == "predicted_5mm",
     }
