@@ -1,12 +1,12 @@
 """Time and memory of a cohort: the tallies of many patients, pooled with intervals for every row.
 
-    python benchmarks/cohort.py [--patients 10 100 1251 10000] [--resamples 2000] [--threads 2] [--folder FOLDER]
+    python benchmarks/cohort.py [--patients 10 100 1251 10000] [--resamples 2000] [--threads 2] [--files 1251]
+        [--folder FOLDER]
 
-Draws eight patients of 240 × 240 × 155 voxels as `benchmarks/tally.py` does, with tumours of different sizes, and fills
-the tallies of 1,251 patients from them: each has the counts of one of the eight, multiplied bin by bin by random
-factors, and its metrics computed from those. Above 1,251 the files are used again, with other
-scores. Each number of patients runs in a process of its own. What a user would call instead is timed too: one resampled
-AUROC of pooled voxels, by scikit-learn on arrays. The last line is JSON.
+Draws eight patients of 240 × 240 × 155 voxels as `benchmarks/tally.py` does, and fills the tallies of 1,251 patients
+from them: each has the counts of one of the eight, multiplied bin by bin by random factors, and its metrics computed
+from those. Larger cohorts use the files again, with other scores. Each number of patients runs in a process of its own.
+What a user would call instead is timed too: the AUROC of voxels, by scikit-learn. The last line is JSON.
 """
 
 import argparse
@@ -25,7 +25,6 @@ import numpy as np
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE), str(HERE.parent)]
 
-MOST_FILES = 1_251
 N_DRAWN = 8
 SETTINGS = {"model": "bench", "failure_dice": 0.8, "seed": 0, "n_bins": [10, 15, 20]}
 
@@ -77,7 +76,7 @@ def fill(folder, first, last):
         one.write(Path(folder) / f"{number}.parquet", {}, to_text(one))
 
 
-def run_cohort(folder, n_patients, n_resamples, threads):
+def run_cohort(folder, n_patients, n_resamples, threads, n_files):
     import pandas as pd
     from threadpoolctl import threadpool_limits
 
@@ -87,8 +86,8 @@ def run_cohort(folder, n_patients, n_resamples, threads):
     began = time.perf_counter()
     tallies = []
     for number in range(n_patients):
-        tally = StoredTally(Path(folder) / f"{number % MOST_FILES}.parquet")
-        if number >= MOST_FILES:
+        tally = StoredTally(Path(folder) / f"{number % n_files}.parquet")
+        if number >= n_files:
             factor = np.random.default_rng(number).uniform(0.9, 1.1)
             changed = {key: value * factor for key, value in tally.metrics.items() if key.metric == "mean_uncertainty"}
             tally.metrics = {**tally.metrics, **changed}
@@ -106,7 +105,7 @@ def run_cohort(folder, n_patients, n_resamples, threads):
 
 
 def run_library(folder):
-    """Return the seconds of one resampled AUROC of the voxels of ten patients, by scikit-learn."""
+    """Return the seconds that the AUROC of a patient's voxels takes by scikit-learn, measured on ten of them."""
     from sklearn.metrics import roc_auc_score
     from tally import draw_patient
 
@@ -134,6 +133,7 @@ def main():
     parser.add_argument("--patients", type=int, nargs="+", default=[10, 100, 1_251, 10_000])
     parser.add_argument("--resamples", type=int, default=2_000)
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
+    parser.add_argument("--files", type=int, default=1_251, help="fills so many tallies, 2 s each on one core")
     parser.add_argument("--folder", help="keeps the tallies here, and uses those that are there")
     parser.add_argument("--run", nargs="+", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -146,7 +146,7 @@ def main():
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(arguments.folder or scratch)
         folder.mkdir(parents=True, exist_ok=True)
-        n_files = min(max(arguments.patients), MOST_FILES)
+        n_files = min(max(arguments.patients), arguments.files)
         with ProcessPoolExecutor(arguments.threads) as executor:
             drawn = [number for number in range(N_DRAWN) if not (folder / f"drawn{number}.parquet").exists()]
             list(executor.map(draw, [folder] * len(drawn), drawn))
@@ -154,7 +154,8 @@ def main():
             starts = range(missing[0], n_files, 25) if missing else []
             list(executor.map(fill, [folder] * len(starts), starts, [min(start + 25, n_files) for start in starts]))
         results = {
-            n: in_a_process("cohort", folder, n, arguments.resamples, arguments.threads) for n in arguments.patients
+            n: in_a_process("cohort", folder, n, arguments.resamples, arguments.threads, n_files)
+            for n in arguments.patients
         }
         library = in_a_process("library", folder)
 

@@ -13,6 +13,9 @@ from segtrust.measures import binary_entropy
 OUTCOMES = ("TP", "FP", "FN", "TN")
 TP, FP, FN, TN = range(4)
 JOINT_BINS = 256
+CLIP = 1e-7  # of p, in every logarithm
+_LOSS_BINS_BELOW = 60  # bins of a loss below 0.1
+_STRETCH = 2**15  # numbers added one by one
 
 
 def _with_atoms(edges, atoms):
@@ -159,3 +162,36 @@ def score_of_coarse(position, step, measure):
     place = np.flatnonzero(distance_bins() >= lowest).astype(np.uint16)
     distance = place.view(np.float16).astype(np.float64)
     return -float(np.max(distance[np.isfinite(distance)], initial=0.0))
+
+
+def loss_index(loss):
+    """Return the joint-histogram bin, 0–255, of each negative log-likelihood of clipped probabilities.
+
+    The first bin is for probabilities at the clip, often half of all voxels; then up to 0.1 by equal ratios, and by
+    smaller ones up to -log 1e-7, where errors lie.
+    """
+    logarithm = np.log(loss.astype(np.float32))
+    low, middle, high = (np.float32(np.log(value)) for value in (CLIP, 0.1, -np.log(CLIP)))
+    below = (logarithm - low) * np.float32(_LOSS_BINS_BELOW / (middle - low))
+    above = (logarithm - middle) * np.float32((JOINT_BINS - 1 - _LOSS_BINS_BELOW) / (high - middle))
+    coarse = np.where(logarithm < middle, below, above + _LOSS_BINS_BELOW).astype(np.int64)
+    coarse = coarse.clip(0, JOINT_BINS - 2) + 1
+    coarse[loss < CLIP * (1 + 1e-6)] = 0
+    return coarse
+
+
+def sums_by(key, values, size):
+    """Return sums of values by key, (size,).
+
+    Equal numbers added one by one all round to the same side: a million ties are off by 1e-8 of their sum. Sums of
+    stretches, added up, are not.
+
+    key : int array, small differences within stretches make it faster
+    """
+    total = np.zeros(size)
+    for first in range(0, len(key), _STRETCH):
+        part = slice(first, first + _STRETCH)
+        lowest = key[part].min()
+        sums = np.bincount(key[part] - lowest, values[part])
+        total[lowest : lowest + len(sums)] += sums
+    return total

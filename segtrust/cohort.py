@@ -181,7 +181,7 @@ def cohort(
     scales : dict from region to the factor > 0 that mutual information and variance are also given with, as
         `<measure>_scaled`, None for a region without one; or None
     groups : columns of `patients`; every value of each has the rows of the whole cohort too. Or "auto": all further
-        columns that have between 2 and 12 values
+        columns that have between 2 and 12 values, and at most half as many as there are patients
     threads : of the processor
 
     Returns a dict: `metrics`, `patients`, `strata`, `curves` (pyarrow Tables) and `alarms` (list of dicts). Only
@@ -245,11 +245,8 @@ def _subsets(evaluated, groups, n_resamples, seed):
     patients = evaluated.patients
     if groups == "auto":
         known = {"patient", "subject", "split", "coding"}
-        groups = [
-            name
-            for name in patients
-            if name not in known and 2 <= patients[name].replace("", None).nunique() <= MOST_GROUPS
-        ]
+        n_values, most = patients.replace("", None).nunique(), min(MOST_GROUPS, len(patients) // 2)
+        groups = [name for name in patients if name not in known and 2 <= n_values[name] <= most]
     missing = [name for name in groups if name not in patients]
     if missing:
         raise SegtrustError(

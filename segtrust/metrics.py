@@ -3,14 +3,30 @@
 Every function takes arrays whose last axes are (bins, outcomes), as the accessors of `segtrust.tally.Tally` return
 them, and whose leading axes are free (patients, bootstrap resamples); counts may be weighted, so they may be
 fractions. It returns arrays of the leading shape, float64, NaN where the metric is undefined (empty mask, one class).
+`compute` gives all of them from arrays of voxels in one call.
 """
 
-from functools import cache
+from functools import cache, partial
 
 import numpy as np
 
-from segtrust.bins import CONFIDENCE_BINS, FN, FP, PROBABILITY_BINS, SCORE_BINS, TN, TP
+from segtrust.bins import (
+    CLIP,
+    CONFIDENCE_BINS,
+    FN,
+    FP,
+    JOINT_BINS,
+    PROBABILITY_BINS,
+    SCORE_BINS,
+    TN,
+    TP,
+    joint_groups,
+    loss_index,
+    sums_by,
+)
+from segtrust.errors import SegtrustError
 from segtrust.masks import BANDS
+from segtrust.measures import binary_entropy
 
 QU_BRATS_THRESHOLDS = np.arange(41) * 2.5
 RETENTION_FRACTIONS = np.arange(101) / 100
@@ -150,23 +166,41 @@ def _equal_width(n, sums, n_bins, kind):
 
 
 def _equal_mass(n, sums, n_bins):
-    """Return the same by quantile bins: equal values stay together, bins without voxels vanish.
-
-    A bin starts at the quantile k/n_bins, which belongs to it: the least value that a share k/n_bins of the voxels does
-    not exceed. Copies of all voxels leave it where it is, which an interpolated quantile does not.
-    """
+    """Return the same by quantile bins (`quantile_ends`): bins without voxels vanish."""
     n, sums = np.asarray(n, float), np.asarray(sums, float)
-    parts = (n.sum(axis=-1), n[..., 1], sums.sum(axis=-1))
-    cumulative = [np.concatenate([np.zeros_like(p[..., :1]), np.cumsum(p, axis=-1)], axis=-1) for p in parts]
-    total = cumulative[0][..., -1:]
-    share = np.arange(1, n_bins) / n_bins
-    position = np.ceil(total * share - 1e-9) - 1
-    inner = np.stack(
-        [(cumulative[0][..., 1:] <= position[..., k : k + 1]).sum(axis=-1) for k in range(n_bins - 1)], axis=-1
-    )
-    last = np.full((*inner.shape[:-1], 1), parts[0].shape[-1])
-    at = np.concatenate([np.zeros_like(last), inner, last], axis=-1)
-    return tuple(np.diff(np.take_along_axis(part, at, axis=-1), axis=-1) for part in cumulative)
+    upward = [np.cumsum(part, axis=-1) for part in (n.sum(axis=-1), n[..., 1], sums.sum(axis=-1))]
+    ends = quantile_ends(upward[0], n_bins)
+    return tuple(between(part, ends) for part in upward)
+
+
+def quantile_ends(reached, n_bins):
+    """Return where quantile bins end, (…, n_bins): the number of fine bins before the end.
+
+    reached : (…, fine bins), voxels in a fine bin and all lower ones
+
+    Equal values stay together. A bin starts at the quantile k/n_bins, which belongs to it: the least value that a share
+    k/n_bins of the voxels does not exceed. Copies of all voxels leave it where it is, which an interpolated quantile
+    does not.
+    """
+    shape, n_fine = reached.shape[:-1], reached.shape[-1]
+    reached = reached.reshape(-1, n_fine).astype(np.float64)
+    total = reached[:, -1:]
+    position = np.ceil(total * np.arange(1, n_bins) / n_bins - 1e-9) - 1
+    # one search for all rows: each is moved beyond the one before
+    row = np.arange(len(reached))[:, np.newaxis]
+    apart = row * (total.max(initial=0) + 1)
+    inner = np.searchsorted((reached + apart).ravel(), (position + apart).ravel(), side="right")
+    inner = np.clip(inner.reshape(position.shape) - row * n_fine, 0, n_fine)
+    return np.concatenate([inner, np.full_like(inner[:, :1], n_fine)], axis=1).reshape(*shape, n_bins)
+
+
+def between(upward, ends):
+    """Return sums between ends, (…, bins), float64.
+
+    upward : (…, fine bins), sums of a fine bin and all lower ones; ends : as of `quantile_ends`
+    """
+    at_ends = np.take_along_axis(upward, np.maximum(ends - 1, 0), axis=-1).astype(np.float64)
+    return np.diff(np.where(ends > 0, at_ends, 0), axis=-1, prepend=0)
 
 
 def _expected(voxels, positives, sums):
@@ -483,3 +517,104 @@ def ba_ece(band_sums, band_scores):
     weight = np.where(n > 0, np.exp(-_MIDPOINTS_MM / 3), 0)
     terms = np.nan_to_num(weight * np.abs(mean / 2 - error_rate(band_scores)), nan=0.0)
     return _ratio(terms.sum(axis=-1), weight.sum(axis=-1))
+
+
+# --- from arrays --------------------------------------------------------------------------------------------
+
+
+def compute(probability, reference, names=None, *, uncertainty=None, n_bins=15):
+    """Return metrics of the voxels of one region and mask, a dict from name to float.
+
+    probability : float array of any shape, values in [0, 1], of the voxel belonging to the region; select the voxels of
+        a mask before, `probability[mask]`
+    reference : bool array of the same shape, whether it does
+    names : which metrics, all where None: `auroc`, `aupr`, `error_rate`, `mean_uncertainty`, `pearson_with_loss`,
+        `spearman_with_loss`, `auroc_certificate`, `ue_dice` (at the best threshold), `ece_class_probability`,
+        `ece_top_label` and the same with `ace_`, `mce_`, `ece_equal_mass_`, `gap`, `accuracy`, `mean_confidence`,
+        `brier`, `brier_skill`, `nll`, `calibration_intercept`, `calibration_slope`, `dice`, `sensitivity`, `precision`
+    uncertainty : float array of the same shape, values in [0, 1], high where uncertain; the entropy of the probability
+        in bits where None
+    n_bins : of calibration errors, a divisor of 60 or 960
+
+    A voxel is predicted where its probability is at least 1/2, and an error where that differs from the reference. The
+    numbers are those that a tally of the same voxels has. NaN where a metric is undefined. Raises SegtrustError for
+    shapes that differ, values outside [0, 1] or NaN, and unknown names.
+    """
+    p, truth = np.asarray(probability, np.float64), np.asarray(reference)
+    u = p if uncertainty is None else np.asarray(uncertainty, np.float64)
+    _check_arrays(p, truth, u)
+    u = binary_entropy(p) if uncertainty is None else u
+    p, u, truth = p.ravel(), u.ravel(), truth.ravel().astype(np.int64)
+    predicted = (p >= 0.5).astype(np.int64)
+    outcome = 3 - 2 * predicted - truth
+    log_p, log_1mp = (np.log(np.clip(value, CLIP, 1 - CLIP)) for value in (p, 1 - p))
+    loss = -np.where(truth == 1, log_p, log_1mp)
+    confidence = np.maximum(p, 1 - p)
+
+    bins = SCORE_BINS.index(u)
+    scores = _counted(bins, outcome, len(SCORE_BINS), 4)
+    sums = np.stack([sums_by(outcome, values, 4) for values in (u, u * u, loss, loss * loss, u * loss)])
+    joint = np.bincount(joint_groups().take(bins) * JOINT_BINS + loss_index(loss), minlength=JOINT_BINS**2)
+    p_bins, c_bins = PROBABILITY_BINS.index(p), CONFIDENCE_BINS.index(confidence)
+    by_p = [_counted(p_bins, truth, len(PROBABILITY_BINS), 2, values) for values in (None, p, p * p, log_p, log_1mp)]
+    n, sum_p, sum_p2, sum_log_p, sum_log_1mp = by_p
+    n_c, sum_c = (_counted(c_bins, predicted == truth, len(CONFIDENCE_BINS), 2, v) for v in (None, confidence))
+    found = np.bincount(outcome, minlength=4)
+    fit = []
+
+    def recalibrated(position):
+        fit[:] = fit or logistic_recalibration(n, sum_log_p - sum_log_1mp)
+        return fit[position]
+
+    functions = {
+        "auroc": lambda: auroc(scores),
+        "aupr": lambda: aupr(scores),
+        "error_rate": lambda: error_rate(scores),
+        "mean_uncertainty": lambda: mean_uncertainty(sums, scores),
+        "pearson_with_loss": lambda: pearson_with_loss(sums, scores),
+        "spearman_with_loss": lambda: spearman_with_loss(joint.reshape(JOINT_BINS, JOINT_BINS)),
+        "auroc_certificate": lambda: auroc_certificate(scores),
+        "ue_dice": lambda: np.nanmax([ue_dice(scores, first) for first in np.flatnonzero(scores.any(axis=1))]),
+    }
+    for name in ("ece", "ace", "mce", "ece_equal_mass"):
+        functions[f"{name}_class_probability"] = partial(globals()[f"{name}_class_probability"], n, sum_p, n_bins)
+        functions[f"{name}_top_label"] = partial(globals()[f"{name}_top_label"], n_c, sum_c, n_bins)
+    functions |= {
+        "gap": lambda: gap(n_c, sum_c),
+        "accuracy": lambda: accuracy(n_c),
+        "mean_confidence": lambda: mean_confidence(n_c, sum_c),
+        "brier": lambda: brier(n, sum_p, sum_p2),
+        "brier_skill": lambda: brier_skill(n, sum_p, sum_p2),
+        "nll": lambda: nll(n, sum_log_p, sum_log_1mp),
+        "calibration_intercept": lambda: recalibrated(0),
+        "calibration_slope": lambda: recalibrated(1),
+        "dice": lambda: dice(found[TP], found[FP], found[FN]),
+        "sensitivity": lambda: sensitivity(found[TP], found[FN]),
+        "precision": lambda: precision(found[TP], found[FP]),
+    }
+    unknown = [name for name in names or () if name not in functions]
+    if unknown:
+        raise SegtrustError(f"no metric is called {', '.join(unknown)}; there are {', '.join(functions)}")
+    return {name: float(functions[name]()) for name in names or functions}
+
+
+def _check_arrays(probability, reference, uncertainty):
+    if not probability.shape == reference.shape == uncertainty.shape:
+        shapes = f"{probability.shape}, {reference.shape} and {uncertainty.shape}"
+        raise SegtrustError(f"probability, reference and uncertainty have shapes {shapes}, expected the same")
+    if not np.isin(reference, (0, 1)).all():
+        raise SegtrustError("reference has values other than 0 and 1; give one region, such as `labels > 0`")
+    for name, values in (("probability", probability), ("uncertainty", uncertainty)):
+        bad = ~((values >= 0) & (values <= 1))  # NaN fails both
+        if bad.any():
+            raise SegtrustError(
+                f"{name} has {int(bad.sum()):,} values outside [0, 1] or NaN (smallest {values.min():g}, largest "
+                f"{values.max():g})"
+            )
+
+
+def _counted(bins, second, n_bins, n_second, values=None):
+    """Return counts (n_bins, n_second), or sums of values, by bin and a second number."""
+    key, size = bins.astype(np.int64) * n_second + second, n_bins * n_second
+    found = np.bincount(key, minlength=size) if values is None else sums_by(key, values, size)
+    return found.reshape(n_bins, n_second)

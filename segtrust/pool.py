@@ -692,7 +692,8 @@ class _Binned:
         for first in range(0, len(weights), BATCH):
             drawn = weights[first : first + BATCH].astype(np.float32) @ flat
             reached, gaps = np.split(drawn, 2, axis=1)
-            parts.append([_equal_mass_gaps(reached, gaps, bins) for bins in n_bins])
+            ends = [metrics.quantile_ends(reached, bins) for bins in n_bins]
+            parts.append([np.abs(metrics.between(gaps, end)).sum(axis=1) for end in ends])
         return np.concatenate(parts, axis=1)
 
 
@@ -707,24 +708,6 @@ def _coarse_starts(kind):
     n_fine = LAYOUTS["confidences" if kind == "confidence" else "probabilities"].n_bins
     edges = [metrics.fine_starts(n_bins, kind) for n_bins in values.N_BINS]
     return np.unique(np.concatenate([*edges, np.arange(0, n_fine, BINNED_STEP[kind])]))
-
-
-def _equal_mass_gaps(reached, gaps, n_bins):
-    """Return Σ |gap| over quantile bins, (resamples,).
-
-    reached, gaps : (resamples, bins), voxels and gaps up to and including each bin; quantiles as of `metrics`
-    """
-    reached = reached.astype(np.float64)
-    total = reached[:, -1:]
-    position = np.ceil(total * np.arange(1, n_bins) / n_bins - 1e-9) - 1
-    # one search for all rows: each is moved beyond the one before
-    apart = (np.arange(len(reached)) * (total.max(initial=0) + 1))[:, np.newaxis]
-    inner = np.searchsorted((reached + apart).ravel(), (position + apart).ravel(), side="right").reshape(position.shape)
-    n_fine = reached.shape[1]
-    inner = np.clip(inner - np.arange(len(reached))[:, np.newaxis] * n_fine, 0, n_fine)
-    ends = np.concatenate([inner, np.full((len(inner), 1), n_fine)], axis=1)
-    at_ends = np.where(ends > 0, np.take_along_axis(gaps, np.maximum(ends - 1, 0), axis=1).astype(np.float64), 0)
-    return np.abs(np.diff(at_ends, axis=1, prepend=0)).sum(axis=1)
 
 
 def _refitted(counts, logits, fit):

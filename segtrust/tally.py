@@ -26,6 +26,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from segtrust.bins import (
+    CLIP,
     CONFIDENCE_BINS,
     FP,
     JOINT_BINS,
@@ -34,6 +35,8 @@ from segtrust.bins import (
     TN,
     distance_bins,
     joint_groups,
+    loss_index,
+    sums_by,
 )
 from segtrust.errors import SegtrustError
 from segtrust.files import canonical_json, read_parquet, write_parquet_groups
@@ -67,12 +70,9 @@ PROBABILITY = "probability"
 DETERMINISTIC = "probability_deterministic"
 CLASS_KINDS = tuple(f"probability_{name}" for name in CLASSES)
 
-CLIP = 1e-7  # of p, in every logarithm
 SCORE_SUMS = ("u", "u2", "loss", "loss2", "u_loss")
 PROBABILITY_SUMS = ("p", "p2", "log_p", "log_1mp")
 JOINT_MASKS = ("brain", "predicted_5mm")
-_JOINT_BELOW = 60  # bins of a loss below 0.1
-_STRETCH = 2**15  # voxels added one by one
 
 # --- tables -------------------------------------------------------------------------------------------------
 
@@ -215,6 +215,48 @@ class Tally:
             texts = json.loads(metadata[CONVERGENCE_KEY])
             tally.convergence = {int(passes): cls.from_text(text) for passes, text in texts.items()}
         return tally
+
+    @classmethod
+    def of_arrays(
+        cls, labels, passes, *, deterministic=None, brain=None, spacing_mm=(1.0, 1.0, 1.0), patient="patient"
+    ):
+        """Return the tally of one patient from arrays.
+
+        labels : uint8 (x, y, z), the reference in canonical labels 0 background, 1 NCR, 2 ED, 3 ET
+        passes : float arrays (3, x, y, z), one for each stochastic pass (or one mean probability): probability of WT,
+            TC and ET in [0, 1]; any iterable, read once, so that passes need not be in memory together
+        deterministic : float (3, x, y, z), probability with dropout off, or None
+        brain : bool (x, y, z); None for the whole volume
+        spacing_mm : (3,) voxel size
+        patient : for messages
+
+        Passes are summed as the workflow sums them, in steps of 2^-24. Raises SegtrustError for probabilities outside
+        [0, 1] or NaN and for shapes that differ.
+        """
+        from segtrust.moments import Accumulator  # these need this module
+        from segtrust.voxels import voxels
+
+        labels = np.asarray(labels)
+        brain = np.ones(labels.shape, bool) if brain is None else np.asarray(brain, bool)
+        adding, n_passes = Accumulator(labels.shape, "member1"), 0
+        for n_passes, probability in enumerate(passes, start=1):
+            adding.add(n_passes - 1, np.asarray(probability, np.float32))
+        if not n_passes:
+            raise SegtrustError(f"{patient}: no pass was given, at least one is needed")
+        if deterministic is not None:
+            adding.set_deterministic(np.asarray(deterministic, np.float32))
+        summary = adding.moments((0, 0, 0), None).summary(n_passes)
+        table = voxels(summary, labels, brain, brain, spacing_mm=spacing_mm, patient=patient)
+        return cls.of(table)
+
+    def metrics(self):
+        """Return every voxel metric as a DataFrame: region, mask, measure, metric, n_bins, value; NaN where undefined.
+
+        Of one patient's tally these are the patient's metrics, of a sum of tallies the pooled ones.
+        """
+        from segtrust.values import frame_of, values_of  # these need this module
+
+        return frame_of(values_of(self))
 
     def __add__(self, other):
         return pooled([self, other])
@@ -420,7 +462,7 @@ class Tally:
         counts = counts_of(about)
         return cls(tables, counts, cases, about["available"], convergence=convergence)
 
-    def write(self, path, provenance, values=None):
+    def write(self, path, provenance=None, values=None):
         """Write the tally as Parquet with its provenance (a dict), a row group for each region and part.
 
         values : text of the metrics of the patient, `values.Values.to_text`, for the cohort to read
@@ -431,7 +473,13 @@ class Tally:
         repeating = [name for name in table.column_names if name not in encodings]
         lengths = [length for *_, length in json.loads(table.schema.metadata[TALLY_KEY])["stretches"]]
         write_parquet_groups(
-            path, table, lengths, provenance, compression_level=9, use_dictionary=repeating, column_encoding=encodings
+            path,
+            table,
+            lengths,
+            provenance or {},
+            compression_level=5,
+            use_dictionary=repeating,
+            column_encoding=encodings,
         )
 
     @classmethod
@@ -695,6 +743,7 @@ class _Counter:
         self.order = np.argsort(group, kind="stable")
         self._group = group[self.order].astype(np.int64)
         self._first = np.searchsorted(self._group, np.arange(len(found)))
+        self._start_of = {}
         self._weight = None if weight is None else weight[self.order]
         self._flags = found & len(_FLAGS) - 1
         group_masks, group_band = found >> _FLAG_BITS + 4, found >> _FLAG_BITS & 15
@@ -705,6 +754,12 @@ class _Counter:
         self._member = member
         in_joint = [MASKS.index(mask) for mask in JOINT_MASKS]
         self._joint = (member[:, in_joint] @ [1, 2])[self._group] * JOINT_BINS**2
+
+    def _starts(self, n_bins):
+        """Return the key of the first bin of each voxel's group."""
+        if n_bins not in self._start_of:
+            self._start_of[n_bins] = self._group * n_bins
+        return self._start_of[n_bins]
 
     def sorted(self, values):
         """Return an array over voxels in the order of groups."""
@@ -752,7 +807,7 @@ class _Counter:
     def _cells(self, table, series, bins, outcome, sums, with_bands):
         """Count by group and bin, then by mask, outcome and bin."""
         layout = LAYOUTS[table]
-        key = self._group * layout.n_bins + bins
+        key = self._starts(layout.n_bins) + bins
         size = len(self._first) * layout.n_bins
         n = np.bincount(key, self._weight, size)
         cell = np.flatnonzero(n)
@@ -764,7 +819,7 @@ class _Counter:
                 first = np.searchsorted(cell, np.arange(len(self._first)) * layout.n_bins)
                 held[first, position] = np.add.reduceat(weighted, self._first)
             else:
-                held[:, position] = _sums_by(key, weighted, size)[cell]
+                held[:, position] = sums_by(key, weighted, size)[cell]
         group, place = np.divmod(cell, layout.n_bins)
         self._spread(table, series, group, place, outcome, n[cell], held, with_bands)
 
@@ -784,19 +839,6 @@ class _Counter:
         occupied = np.flatnonzero(n)
         sums = np.stack([total[occupied] for total in totals], axis=1) if totals else np.empty((len(occupied), 0))
         self._tables[table].append(Cells(start + occupied, np.rint(n[occupied]).astype(np.int64), sums))
-
-
-def _sums_by(key, values, size):
-    """Return sums of values by key, (size,).
-
-    Equal numbers added one by one all round to the same side: a million ties are off by 1e-8 of their sum. Sums of
-    stretches, added up, are not.
-    """
-    total = np.zeros(size)
-    for first in range(0, len(key), _STRETCH):
-        part = slice(first, first + _STRETCH)
-        total += np.bincount(key[part], values[part], size)
-    return total
 
 
 def _ranked(code):
@@ -820,15 +862,7 @@ def _bands_of_half():
 def _loss(log_likelihood):
     """Return the loss of each voxel, its square, and its bin in the joint histogram."""
     loss = -log_likelihood
-    # the first bin is for probabilities at the clip, often half of all voxels; then up to 0.1 by equal ratios, and by
-    # smaller ones up to -log 1e-7, where errors lie
-    logarithm = np.log(loss.astype(np.float32))
-    low, middle, high = (np.float32(np.log(value)) for value in (CLIP, 0.1, -np.log(CLIP)))
-    below = (logarithm - low) * np.float32(_JOINT_BELOW / (middle - low))
-    above = (logarithm - middle) * np.float32((JOINT_BINS - 1 - _JOINT_BELOW) / (high - middle)) + _JOINT_BELOW
-    coarse = np.where(logarithm < middle, below, above).astype(np.int64).clip(0, JOINT_BINS - 2) + 1
-    coarse[loss < CLIP * (1 + 1e-6)] = 0
-    return loss, loss * loss, coarse
+    return loss, loss * loss, loss_index(loss)
 
 
 # flags of a voxel: in a region, 1 for reference, 2 for predicted, 4 for predicted by the deterministic pass; in

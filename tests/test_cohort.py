@@ -411,3 +411,126 @@ def test_all_disagreements_are_named_at_once():
 
 def test_results_made_alike_are_accepted():
     check_agreement({name: {"model": {"weights": "abc"}, "tally": {"code": "1"}} for name in ("a", "b")})
+
+
+# --- groups
+
+
+@cache
+def tables_of_sites():
+    """Return tables of 24 patients of two sites: 12 of x, whose predictions get worse, and 12 good ones of y."""
+    good = [tally_of(100 + k, radius=4.5, shift=0.2, spread=0.1 + 0.01 * k) for k in range(12)]
+    return frames(evaluate([*twelve(), *good], sheet(24, site=["x"] * 12 + ["y"] * 12), groups="auto"))
+
+
+def of_group(table, value):
+    return table[table["group_value"] == value] if value else table[table["group"].isna()]
+
+
+ROW_KEYS = ["passes", "region", "mask", "measure", "aggregation", "metric", "n_bins", "pooling"]
+
+
+def test_every_value_of_a_column_has_the_rows_of_the_whole_cohort():
+    rows = tables_of_sites()["metrics"]
+    whole, x, y = (of_group(rows, value)[ROW_KEYS].reset_index(drop=True) for value in (None, "x", "y"))
+    pd.testing.assert_frame_equal(x, whole)
+    pd.testing.assert_frame_equal(y, whole)
+    assert set(rows["group"].dropna()) == {"site"}
+
+
+def test_a_group_has_the_values_of_its_patients_alone():
+    found = of_group(tables_of_sites()["metrics"], "x").set_index(ROW_KEYS)["value"]
+    alone = tables_of_twelve()["metrics"].set_index(ROW_KEYS)["value"]
+    # cut-offs are those of the whole cohort, and so is the threshold of uncertainty
+    own = ~alone.index.get_level_values("metric").isin(
+        ["q4_minus_q1", "cliffs_delta", "mann_whitney_u", "ue_dice", "ue_dice_threshold"]
+    )
+    pd.testing.assert_series_equal(found[own], alone[own])
+
+
+def test_cut_offs_of_a_group_are_those_of_the_cohort():
+    tables = tables_of_sites()
+    primary = {"measure": "entropy", "aggregation": "predicted_5mm_mean", "region": "WT", "scheme": "halves"}
+    strata = tables["strata"]
+    for column, value in primary.items():
+        strata = strata[strata[column] == value]
+    counts = {site: of_group(strata, site).set_index("stratum")["n_cases"] for site in (None, "x", "y")}
+    assert (counts["x"] + counts["y"] == counts[None]).all()
+    assert counts["x"]["H2"] > counts["x"]["H1"]  # the worse site is the more uncertain one
+
+
+def test_no_group_has_a_p_value():
+    rows = tables_of_sites()["metrics"]
+    assert rows.loc[rows["group"].notna(), "p_value"].isna().all()
+    tested = rows[rows["p_value"].notna()]
+    assert set(tested["metric"]) == {"q4_minus_q1"}
+    assert set(tested["aggregation"]) == {"predicted_5mm_mean"}
+    assert set(tested["measure"]) == {"entropy"}
+
+
+def test_a_group_of_nine_has_values_and_no_intervals():
+    tables = frames(evaluate(twelve(), sheet(12, site=["x"] * 9 + ["y"] * 3), groups=["site"]))
+    rows = of_group(tables["metrics"], "x")
+    assert rows["ci_low"].isna().all()
+    assert rows.loc[rows["metric"] == "dice", "value"].notna().all()
+    assert (rows.loc[rows["metric"] == "dice", "interval"] == "none: fewer than 10 cases in the group").all()
+    assert of_group(tables["strata"], "x")["ci_low"].isna().all()
+
+
+def test_patients_without_a_value_are_in_no_group():
+    tables = frames(evaluate(twelve(), sheet(12, site=["x"] * 6 + ["y"] * 4 + [""] * 2), groups="auto"))
+    rows = tables["metrics"]
+    assert set(rows["group_value"].dropna()) == {"x", "y"}
+
+
+def test_a_column_with_many_values_makes_no_groups():
+    tallies = [*twelve(), tally_of(0)]
+    ages = sheet(13, age=[str(40 + k) for k in range(13)])
+    rows = frames(evaluate(tallies, ages, groups="auto", n_resamples=100))["metrics"]
+    assert rows["group"].isna().all()
+
+
+def test_groups_by_a_column_that_is_not_there_are_refused():
+    with pytest.raises(SegtrustError, match=r"groups by scanner.*further columns are site"):
+        evaluate(twelve(), sheet(12, site=["x"] * 12), groups=["scanner"])
+
+
+# --- uncertainty-error Dice, pooled Spearman
+
+
+def test_every_measure_has_its_uncertainty_error_dice_and_threshold():
+    rows = tables_of_twelve()["metrics"]
+    for pooling in ("patient_mean", "pooled"):
+        held = rows[(rows["metric"] == "ue_dice") & (rows["pooling"] == pooling)]
+        assert set(held["region"]) == {"WT", "TC", "ET", "ALL"}
+        assert set(held["mask"]) == set(MASKS)
+        assert held.loc[held["value"].notna(), "interval"].str.endswith("in_sample threshold").all()
+    threshold = row_of(tables_of_twelve(), "ue_dice_threshold", mask="brain", measure="entropy", pooling="pooled")
+    assert 0 < threshold["value"] < 1
+
+
+def test_the_threshold_of_distance_is_in_millimetres():
+    row = row_of(tables_of_twelve(), "ue_dice_threshold", mask="brain", measure="boundary_proximity", pooling="pooled")
+    assert -10 < row["value"] <= 0
+
+
+def test_a_calibration_split_sets_the_threshold_and_it_is_not_flagged():
+    tables = frames(evaluate(twelve(), sheet(12, split=["test"] * 8 + ["calibration"] * 4)))
+    for pooling in ("patient_mean", "pooled"):
+        row = row_of(tables, "ue_dice", mask="brain", measure="entropy", pooling=pooling)
+        assert "in_sample" not in row["interval"]
+        assert row["ci_low"] <= row["value"] <= row["ci_high"]
+
+
+def test_spearman_with_the_loss_is_pooled_too():
+    row = row_of(tables_of_twelve(), "spearman_with_loss", mask="brain", measure="entropy", pooling="pooled")
+    expected = metrics.spearman_with_loss(pooled(twelve()).joint("WT", "brain", "entropy"))
+    assert row["value"] == pytest.approx(float(expected), rel=1e-9)
+    assert row["ci_low"] < row["value"] < row["ci_high"]
+
+
+def test_logistic_recalibration_is_averaged_over_patients_too():
+    row = row_of(tables_of_twelve(), "calibration_slope", mask="brain", measure="probability", pooling="patient_mean")
+    parts = [tally.probabilities("WT", "brain", "probability") for tally in twelve()]
+    slopes = [metrics.logistic_recalibration(part["n"], part["sum_logit"])[1] for part in parts]
+    assert row["value"] == pytest.approx(np.mean(slopes), rel=1e-9)
