@@ -30,7 +30,6 @@ from segtrust.tally import (
     Cells,
     Tally,
     about_of,
-    cells_of_rows,
     counts_of,
 )
 
@@ -48,7 +47,6 @@ _N_JOINT = JOINT_BINS // JOINT_STEP
 _FARTHEST_FIT = 1e3  # a resample whose classes are separable has no finite fit
 RECALIBRATION = ("calibration_intercept", "calibration_slope")
 _WRONG = np.array([0, 1, 1, 0])  # of the outcomes TP, FP, FN, TN
-_COLUMNS = ("passes", "region", "table", "series", "outcome", "bin", "mask", "n")
 
 
 # --- where tallies are --------------------------------------------------------------------------------------
@@ -75,7 +73,7 @@ class HeldTally:
         return values.curves_of(self.tally)
 
     def cells(self, region, part):
-        return self.tally.cells(region, part)
+        return self.tally.cells(region, part)  # as they are in a file
 
 
 class StoredTally:
@@ -101,9 +99,9 @@ class StoredTally:
             about["values"], about["available"], {passes: part["available"] for passes, part in fewer.items()}
         )
         self._groups, group = {}, 0
-        for passes, region, part, length in about["stretches"]:
-            if length:
-                self._groups[passes, region, part] = group
+        for passes, region, part, lengths in about["stretches"]:
+            if sum(lengths):
+                self._groups[passes, region, part] = group, lengths
                 group += 1
         self.early = {}
         for passes, part in fewer.items():
@@ -115,13 +113,24 @@ class StoredTally:
 
     def _read(self, passes, region, part):
         names = PARTS[part]
-        group = self._groups.get((passes, region, part))
+        group, lengths = self._groups.get((passes, region, part), (None, [0] * len(names)))
         if group is None:
-            return {name: Cells(np.empty(0, int), np.empty(0, int), _no_sums(name)) for name in names}
-        sums = [f"sum_{k}" for k in range(max(len(LAYOUTS[name].sums) for name in names))]
+            return {name: Cells(np.empty(0, int), np.empty(0, int), np.empty((0, _n_sums(name)))) for name in names}
+        columns = ["cell", "n", *(f"sum_{column}" for column in range(max(map(_n_sums, names))))]
         with pq.ParquetFile(self._path) as file:
-            table = file.read_row_group(group, columns=[*_COLUMNS, *sums], use_threads=False)
-        return cells_of_rows(table, names)
+            rows = file.read_row_group(group, columns=columns, use_threads=False)
+        cell, n, *sums = (rows[name].to_numpy() for name in columns)
+        ends = np.cumsum(lengths)
+        return {
+            name: Cells(
+                cell[end - length : end],
+                n[end - length : end],
+                np.stack([column[end - length : end] for column in sums[: _n_sums(name)]], axis=1)
+                if _n_sums(name)
+                else np.empty((length, 0)),
+            )
+            for name, length, end in zip(names, lengths, ends, strict=True)
+        }
 
 
 @dataclass
@@ -136,8 +145,8 @@ class _StoredEarly:
         return self.whole._read(self.passes, region, part)
 
 
-def _no_sums(name):
-    return np.empty((0, len(LAYOUTS[name].sums)))
+def _n_sums(name):
+    return len(LAYOUTS[name].sums)
 
 
 # --- reading ------------------------------------------------------------------------------------------------
@@ -229,7 +238,7 @@ class _Run:
     def _read(self, region, part, held, sources=None, subsets=None):
         """Return a dict of dense sums per subset, and give every case's cells to what is held."""
         sources, subsets = sources or self.sources, subsets or self.subsets
-        totals = [_Dense(region, part) for _ in subsets]
+        totals = [_Dense(part) for _ in subsets]
         of_case = [[] for _ in sources]
         for number, subset in enumerate(subsets):
             for case in subset.cases:
@@ -240,11 +249,10 @@ class _Run:
             for case in range(len(sources)):
                 cells = ahead.pop(0).result()
                 ahead += list(islice(waiting, 1))
-                local = {name: _local(cells[name], LAYOUTS[name], region) for name in cells}
                 for total in of_case[case]:
-                    total.add(local)
+                    total.add(cells)
                 for one in held:
-                    one.fill(case, local)
+                    one.fill(case, cells)
         return totals
 
     def _scores(self, region, rows, sums, totals_of_sums):
@@ -256,7 +264,7 @@ class _Run:
             everyone = Subset(np.arange(len(self.fitting)), None)
             self._read(region, "scores", [fitting], self.fitting, [everyone])
         pooled = [
-            _pooled_tally(region, self.available, score.cells() | other.cells())
+            Tally.of_cells(region, score.cells() | other.cells(), self.available)
             for score, other in zip(totals, totals_of_sums, strict=True)
         ]
 
@@ -288,7 +296,7 @@ class _Run:
     def _calibrations(self, region, kinds):
         held = _Calibrations(region, kinds, len(self.sources))
         totals = self._read(region, "calibration", [held])
-        pooled = [_pooled_tally(region, self.available, total.cells()) for total in totals]
+        pooled = [Tally.of_cells(region, total.cells(), self.available) for total in totals]
 
         def one(task):
             position, number = task
@@ -324,57 +332,44 @@ def _pieces(rows, size):
         yield [rows[position] for position in piece]
 
 
-def _local(cells, layout, region):
-    """Return cells whose keys begin at 0 in their region."""
-    return Cells(cells.key - layout.start(region, layout.masks[0], layout.series[0]), cells.n, cells.sums)
-
-
-def _pooled_tally(region, available, cells):
-    """Return a Tally of one region from the cells of some tables."""
-    tables = {}
-    for name, layout in LAYOUTS.items():
-        part = cells.get(name) or Cells(np.empty(0, int), np.empty(0, int), _no_sums(name))
-        start = layout.start(region, layout.masks[0], layout.series[0])
-        tables[name] = Cells(part.key + start, part.n, part.sums)
-    return Tally(tables, {}, [], available)
-
-
 class _Dense:
-    """Sums of cells of one region, in arrays as large as there are keys."""
+    """Sums of cells of one region, in arrays as large as there are cells."""
 
-    def __init__(self, region, part):
+    def __init__(self, part):
         self._n = {name: np.zeros(LAYOUTS[name].region_size, np.int64) for name in PARTS[part]}
-        self._sums = {name: np.zeros((LAYOUTS[name].region_size, len(LAYOUTS[name].sums))) for name in PARTS[part]}
+        self._sums = {name: np.zeros((LAYOUTS[name].region_size, _n_sums(name))) for name in PARTS[part]}
 
-    def add(self, local):
-        for name, cells in local.items():
-            self._n[name][cells.key] += cells.n  # a tally has a key once
-            if cells.sums.shape[1]:
-                self._sums[name][cells.key] += cells.sums
+    def add(self, cells):
+        for name, held in cells.items():
+            self._n[name][held.key] += held.n  # a tally has a cell once
+            if _n_sums(name):
+                self._sums[name][held.key] += held.sums
 
     def cells(self):
         found = {}
         for name, n in self._n.items():
-            key = np.flatnonzero(n)
-            found[name] = Cells(key, n[key], self._sums[name][key])
+            cell = np.flatnonzero(n)
+            found[name] = Cells(cell, n[cell], self._sums[name][cell])
         return found
 
 
-def _places(layout, rows):
-    """Return where each (mask, series) of the layout stands in rows, an array; -1 for those that are not there."""
-    place = np.full(len(layout.masks) * len(layout.series), -1)
-    for position, (mask, series) in enumerate(rows):
-        place[layout.masks.index(mask) * len(layout.series) + layout.series.index(series)] = position
-    return place
+def _targets(table, rows, size, place):
+    """Return where cells of a file are counted, int array (region_size,); those of other rows at `size`, behind all.
+
+    rows : list of (mask, series); place : function from (row, outcome, bin) to a number below size
+    """
+    layout = LAYOUTS[table]
+    mask, series, outcome, bins = layout.described()
+    of_row = np.full((len(layout.masks), len(layout.series)), -1)
+    for position, (name, kind) in enumerate(rows):
+        of_row[layout.masks.index(name), layout.series.index(kind)] = position
+    row = of_row[mask, series]
+    return np.where(row >= 0, place(row, outcome, bins), size)
 
 
-def _of_rows(cells, layout, place):
-    """Return (row, outcome, bin, which cells) of the cells that belong to rows; place : from `_places`."""
-    row, rest = np.divmod(cells.key, layout.size)
-    row = place[row]
-    chosen = np.flatnonzero(row >= 0)
-    outcome, bins = np.divmod(rest[chosen], layout.n_bins)
-    return row[chosen], outcome, bins, chosen
+def _summed(target, size, cells, values):
+    """Return sums of values by target, (size,); target : of every cell, from `_targets`."""
+    return np.bincount(target[cells.key], values, size + 1)[:size]
 
 
 # --- what is held of every case, and its resamples ----------------------------------------------------------
@@ -387,17 +382,19 @@ class _Coarse:
     """
 
     def __init__(self, rows, n_cases):
-        self._place = _places(LAYOUTS["scores"], rows)
         self.counts = np.zeros((len(rows), n_cases, 2, _N_COARSE), np.float32)
+        self._size = len(rows) * 2 * _N_COARSE
+        self._target = _targets(
+            "scores",
+            rows,
+            self._size,
+            lambda row, outcome, bins: (row * 2 + _WRONG[outcome] + 1) * _N_COARSE - 1 - bins // SCORE_STEP,
+        )
 
-    def fill(self, case, local):
-        cells = local["scores"]
-        row, outcome, bins, chosen = _of_rows(cells, LAYOUTS["scores"], self._place)
-        coarse = _N_COARSE - 1 - bins // SCORE_STEP
-        n_rows, _, *shape = self.counts.shape
-        cell = (row * 2 + _WRONG[outcome]) * _N_COARSE + coarse
-        n = np.bincount(cell, cells.n[chosen], n_rows * 2 * _N_COARSE)
-        self.counts[:, case] = n.reshape(n_rows, *shape)
+    def fill(self, case, cells):
+        scores = cells["scores"]
+        n = _summed(self._target, self._size, scores, scores.n)
+        self.counts[:, case] = n.reshape(len(self.counts), *self.counts.shape[2:])
 
 
 @dataclass(frozen=True)
@@ -495,27 +492,23 @@ class _Sums:
 
     def __init__(self, rows, n_cases, joint_masks):
         self._rows = {row: position for position, row in enumerate(rows)}
-        self._place = _places(LAYOUTS["score_sums"], rows)
         self._n = np.zeros((len(rows), n_cases))
-        self._sums = np.zeros((len(rows), n_cases, len(LAYOUTS["score_sums"].sums)))
+        self._sums = np.zeros((len(rows), n_cases, _n_sums("score_sums")))
+        self._target = _targets("score_sums", rows, len(rows), lambda row, outcome, bins: row)
         joint = [row for row in rows if row[0] in joint_masks]
         self._joint_rows = {row: position for position, row in enumerate(joint)}
-        self._joint_place = _places(LAYOUTS["joint"], joint)
         self._joint = np.zeros((len(joint), n_cases, _N_JOINT**2), np.float32)
+        if joint:
+            self._joint_target = _targets("joint", joint, self._joint[:, 0].size, _coarse_joint)
 
-    def fill(self, case, local):
-        cells = local["score_sums"]
-        row, _, _, chosen = _of_rows(cells, LAYOUTS["score_sums"], self._place)
-        self._n[:, case] = np.bincount(row, cells.n[chosen], len(self._n))
-        for position, column in enumerate(cells.sums[chosen].T):
-            self._sums[:, case, position] = np.bincount(row, column, len(self._n))
+    def fill(self, case, cells):
+        held = cells["score_sums"]
+        self._n[:, case] = _summed(self._target, len(self._n), held, held.n)
+        for position, column in enumerate(held.sums.T):
+            self._sums[:, case, position] = _summed(self._target, len(self._n), held, column)
         if len(self._joint):
-            cells = local["joint"]
-            row, _, bins, chosen = _of_rows(cells, LAYOUTS["joint"], self._joint_place)
-            score, loss = np.divmod(bins, JOINT_BINS)
-            cell = (row * _N_JOINT + score // JOINT_STEP) * _N_JOINT + loss // JOINT_STEP
-            n = np.bincount(cell, cells.n[chosen], len(self._joint) * _N_JOINT**2)
-            self._joint[:, case] = n.reshape(len(self._joint), -1)
+            held, size = cells["joint"], self._joint[:, 0].size
+            self._joint[:, case] = _summed(self._joint_target, size, held, held.n).reshape(len(self._joint), -1)
 
     def resampled(self, mask, measure, subset, found):
         """Return {metric: resamples} of the metrics that follow from sums."""
@@ -544,6 +537,11 @@ class _Sums:
         return resampled
 
 
+def _coarse_joint(row, outcome, bins):
+    score, loss = np.divmod(bins, JOINT_BINS)
+    return (row * _N_JOINT + score // JOINT_STEP) * _N_JOINT + loss // JOINT_STEP
+
+
 class _Calibrations:
     """Counts and sums of every case by coarse bin of probability and of confidence, and sums by truth."""
 
@@ -558,17 +556,16 @@ class _Calibrations:
         self._rows = {row: position for position, row in enumerate(rows)}
         self._proper = None
         if region != ALL:
-            self._place = _places(LAYOUTS["probabilities"], kinds)
-            self._proper = np.zeros((len(kinds), n_cases, 2, 1 + len(LAYOUTS["probabilities"].sums)))
+            self._target = _targets("probabilities", kinds, 2 * len(kinds), lambda row, truth, bins: row * 2 + truth)
+            self._proper = np.zeros((len(kinds), n_cases, 2, 1 + _n_sums("probabilities")))
 
-    def fill(self, case, local):
-        self._confidence.fill(case, local)
-        self._probability.fill(case, local)
+    def fill(self, case, cells):
+        self._confidence.fill(case, cells)
+        self._probability.fill(case, cells)
         if self._proper is not None:
-            cells = local["probabilities"]
-            row, truth, _, chosen = _of_rows(cells, LAYOUTS["probabilities"], self._place)
-            for position, column in enumerate((cells.n[chosen], *cells.sums[chosen].T)):
-                by_truth = np.bincount(row * 2 + truth, column, 2 * len(self._kinds))
+            held = cells["probabilities"]
+            for position, column in enumerate((held.n, *held.sums.T)):
+                by_truth = _summed(self._target, 2 * len(self._kinds), held, column)
                 self._proper[:, case, :, position] = by_truth.reshape(-1, 2)
 
     def n_voxels(self, position, cases):
@@ -635,23 +632,22 @@ class _Binned:
     """
 
     def __init__(self, table, rows, n_cases):
-        self._table, self._layout = table, LAYOUTS[table]
-        self._place = _places(self._layout, rows)
+        self._table, n_fine = table, LAYOUTS[table].n_bins
         self._kind = "confidence" if table == "confidences" else "probability"
         self.starts = _coarse_starts(self._kind)
-        self._coarse = np.repeat(np.arange(len(self.starts)), np.diff(np.append(self.starts, self._layout.n_bins)))
-        self.n = np.zeros((len(rows), n_cases, 2, len(self.starts)), np.float32)
-        self.sums = np.zeros((len(rows), n_cases, len(self.starts)), np.float32)
+        n_bins = len(self.starts)
+        coarse = np.repeat(np.arange(n_bins), np.diff(np.append(self.starts, n_fine)))
+        self.n = np.zeros((len(rows), n_cases, 2, n_bins), np.float32)
+        self.sums = np.zeros((len(rows), n_cases, n_bins), np.float32)
+        self._of_n = _targets(
+            table, rows, len(rows) * 2 * n_bins, lambda row, outcome, bins: (row * 2 + outcome) * n_bins + coarse[bins]
+        )
+        self._of_sums = _targets(table, rows, len(rows) * n_bins, lambda row, _, bins: row * n_bins + coarse[bins])
 
-    def fill(self, case, local):
-        if not len(self.n):
-            return
-        cells, n_rows, n_bins = local[self._table], len(self.n), len(self.starts)
-        row, outcome, bins, chosen = _of_rows(cells, self._layout, self._place)
-        coarse = self._coarse[bins]
-        n = np.bincount((row * 2 + outcome) * n_bins + coarse, cells.n[chosen], n_rows * 2 * n_bins)
-        self.n[:, case] = n.reshape(n_rows, 2, n_bins)
-        sums = np.bincount(row * n_bins + coarse, cells.sums[chosen, 0], n_rows * n_bins)
+    def fill(self, case, cells):
+        held, (n_rows, _, _, n_bins) = cells[self._table], self.n.shape
+        self.n[:, case] = _summed(self._of_n, n_rows * 2 * n_bins, held, held.n).reshape(n_rows, 2, n_bins)
+        sums = _summed(self._of_sums, n_rows * n_bins, held, held.sums[:, 0])
         self.sums[:, case] = sums.reshape(n_rows, n_bins)
 
     def counts(self, row, cases, weights):

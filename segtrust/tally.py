@@ -96,6 +96,23 @@ class Layout:
     def region_size(self):
         return len(self.masks) * len(self.series) * self.size
 
+    def cell(self, key):
+        """Return the number of a cell in a file, from its key in the region: the mask is fastest, as a bin often holds
+        the same voxels in several masks, and equal neighbours compress well."""
+        mask, place = np.divmod(key, len(self.series) * self.size)
+        return place * len(self.masks) + mask
+
+    def key(self, cell):
+        """Return the key in the region of a cell in a file."""
+        place, mask = np.divmod(cell, len(self.masks))
+        return mask * (len(self.series) * self.size) + place
+
+    def described(self):
+        """Return what each cell of a file is: numbers of mask, series, outcome and bin, arrays (region_size,)."""
+        place, mask = np.divmod(np.arange(self.region_size), len(self.masks))
+        series, place = np.divmod(place, self.size)
+        return mask, series, *np.divmod(place, self.n_bins)
+
     def start(self, region, mask, series):
         """Return the key of the first cell of a series."""
         row = TALLY_REGIONS.index(region) * len(self.masks) + self.masks.index(mask)
@@ -113,7 +130,6 @@ LAYOUTS = {
     "joint": Layout(JOINT_MASKS, _SCORES, 1, JOINT_BINS * JOINT_BINS),
     "classes": Layout(MASKS, ("class",), 4, 5),
 }
-SERIES = tuple(dict.fromkeys(series for layout in LAYOUTS.values() for series in layout.series))
 SETTINGS = {"format": FORMAT, **{name: layout.n_bins for name, layout in LAYOUTS.items()}}
 # a file is read by region and part: what is resampled together lies together
 PARTS = {
@@ -301,8 +317,31 @@ class Tally:
     # accessors
 
     def cells(self, region, part):
-        """Return the occupied cells of one region, a dict from the tables of a part (`PARTS`) to `Cells`."""
-        return {name: self._tables[name].of_region(LAYOUTS[name], region) for name in PARTS[part]}
+        """Return the occupied cells of one region, a dict from the tables of a part (`PARTS`) to `Cells`.
+
+        Their keys are those of a file, see `Layout.cell`, in its order.
+        """
+        found = {}
+        for name in PARTS[part]:
+            layout = LAYOUTS[name]
+            held = self._tables[name].of_region(layout, region)
+            cell = layout.cell(held.key - layout.start(region, layout.masks[0], layout.series[0]))
+            order = np.argsort(cell)
+            found[name] = Cells(cell[order], held.n[order], held.sums[order])
+        return found
+
+    @classmethod
+    def of_cells(cls, region, tables, available):
+        """Return the tally of one region from what `cells` returns; tables : dict of some or all tables."""
+        held = {}
+        for name, layout in LAYOUTS.items():
+            if name in tables:
+                key = layout.key(tables[name].key) + layout.start(region, layout.masks[0], layout.series[0])
+                order = np.argsort(key)
+                held[name] = Cells(key[order], tables[name].n[order], tables[name].sums[order])
+            else:
+                held[name] = _added([], len(layout.sums))
+        return cls(held, {}, [], available)
 
     def _dense(self, table, region, mask, series):
         layout = LAYOUTS[table]
@@ -411,15 +450,14 @@ class Tally:
     def to_table(self, values=None):
         """Return the tally as a pyarrow Table, one row per occupied cell.
 
-        Column `passes` is null, but in the tallies after fewer passes, which come last. Sorted by region, part, table,
-        series, outcome, bin, and mask last: a bin often holds the same voxels in several masks, and equal neighbours
-        compress well.
+        Columns: `passes` (null, but in the tallies after fewer passes, which come last), `region`, `table`, `cell` (its
+        number in the region, see `Layout.described`), `n`, and sums `sum_0` to `sum_4`.
 
         values : text to keep beside it, see `write`
         """
         about, stretches = self._about(), self._stretches()
-        about |= {"stretches": [[*place, len(table)] for place, table in stretches], "values": values}
-        table = pa.concat_tables([table for _, table in stretches])
+        about |= {"stretches": [place for place, _ in stretches], "values": values}
+        table = pa.concat_tables([rows for _, rows in stretches])
         return table.replace_schema_metadata({TALLY_KEY: canonical_json(about).encode()})
 
     def _about(self):
@@ -433,14 +471,15 @@ class Tally:
         return {"available": sorted(self.available), "counts": counts}
 
     def _stretches(self):
-        """Return what is read in one go: a list of ([passes or None, region, part], pyarrow Table)."""
-        held = [(None, self), *sorted(self.convergence.items())]
-        return [
-            ([passes, region, part], _rows_of(tally.cells(region, part), passes))
-            for passes, tally in held
-            for region in TALLY_REGIONS
-            for part in PARTS
-        ]
+        """Return what is read in one go: a list of ([passes or None, region, part, rows by table], pyarrow Table)."""
+        found = []
+        for passes, tally in [(None, self), *sorted(self.convergence.items())]:
+            for region in TALLY_REGIONS:
+                for part in PARTS:
+                    cells = tally.cells(region, part)
+                    lengths = [len(held.key) for held in cells.values()]
+                    found.append(([passes, region, part, lengths], _rows_of(cells, passes, region)))
+        return found
 
     @classmethod
     def from_table(cls, table):
@@ -455,12 +494,21 @@ class Tally:
 
     @classmethod
     def _of_rows(cls, table, cases, about, convergence):
+        region, number = (
+            _indices(table[name], known) for name, known in (("region", TALLY_REGIONS), ("table", LAYOUTS))
+        )
+        cell, n = table["cell"].to_numpy().astype(np.int64), table["n"].to_numpy()
         tables = {}
-        for name, cells in cells_of_rows(table, tuple(LAYOUTS)).items():
-            order = np.argsort(cells.key, kind="stable")
-            tables[name] = Cells(cells.key[order], cells.n[order], cells.sums[order])
-        counts = counts_of(about)
-        return cls(tables, counts, cases, about["available"], convergence=convergence)
+        for position, (name, layout) in enumerate(LAYOUTS.items()):
+            chosen = np.flatnonzero(number == position)
+            key = region[chosen] * layout.region_size + layout.key(cell[chosen])
+            order = np.argsort(key)
+            chosen = chosen[order]
+            sums = np.empty((len(chosen), len(layout.sums)))
+            for column in range(len(layout.sums)):
+                sums[:, column] = table[f"sum_{column}"].to_numpy()[chosen]
+            tables[name] = Cells(key[order], n[chosen], sums)
+        return cls(tables, counts_of(about), cases, about["available"], convergence=convergence)
 
     def write(self, path, provenance=None, values=None):
         """Write the tally as Parquet with its provenance (a dict), a row group for each region and part.
@@ -469,9 +517,9 @@ class Tally:
         """
         table = self.to_table(values)
         sums = [f"sum_{position}" for position in range(len(SCORE_SUMS))]
-        encodings = {"bin": "DELTA_BINARY_PACKED", **dict.fromkeys(["n", *sums], "BYTE_STREAM_SPLIT")}
+        encodings = {"cell": "DELTA_BINARY_PACKED", **dict.fromkeys(["n", *sums], "BYTE_STREAM_SPLIT")}
         repeating = [name for name in table.column_names if name not in encodings]
-        lengths = [length for *_, length in json.loads(table.schema.metadata[TALLY_KEY])["stretches"]]
+        lengths = [sum(lengths) for *_, lengths in json.loads(table.schema.metadata[TALLY_KEY])["stretches"]]
         write_parquet_groups(
             path,
             table,
@@ -527,67 +575,24 @@ def counts_of(about):
     return {name: np.array(value, np.int64) for name, value in about["counts"].items()}
 
 
-def _rows_of(tables, passes):
-    """Return cells (a dict from table to `Cells`) as a pyarrow Table."""
-    parts = [_columns_of(name, cells) for name, cells in tables.items()]
-    region, mask, number, series, outcome, bins, n, sums = (
-        np.concatenate(column) for column in zip(*parts, strict=True)
-    )
+def _rows_of(tables, passes, region):
+    """Return cells (a dict from table to `Cells`) of one region as a pyarrow Table."""
+    parts = [(np.full(len(cells.key), tuple(LAYOUTS).index(name)), cells) for name, cells in tables.items()]
+    number = np.concatenate([number for number, _ in parts])
     columns = {
-        "passes": pa.array(np.full(len(n), passes or 0), pa.int32(), mask=np.full(len(n), passes is None)),
-        "region": _dictionary(region, TALLY_REGIONS),
+        "passes": pa.array(np.full(len(number), passes or 0), pa.int32(), mask=np.full(len(number), passes is None)),
+        "region": _dictionary(np.full(len(number), TALLY_REGIONS.index(region)), TALLY_REGIONS),
         "table": _dictionary(number, tuple(LAYOUTS)),
-        "series": _dictionary(series, SERIES),
-        "outcome": pa.array(outcome.astype(np.uint8)),
-        "bin": pa.array(bins.astype(np.uint16)),
-        "mask": _dictionary(mask, TALLY_MASKS),
-        "n": pa.array(n),
+        "cell": pa.array(np.concatenate([cells.key for _, cells in parts]).astype(np.uint32)),
+        "n": pa.array(np.concatenate([cells.n for _, cells in parts])),
     }
-    for position in range(sums.shape[1]):
-        columns[f"sum_{position}"] = pa.array(sums[:, position], from_pandas=True)
+    for column in range(len(SCORE_SUMS)):
+        sums = [
+            cells.sums[:, column] if column < cells.sums.shape[1] else np.full(len(cells.key), np.nan)
+            for _, cells in parts
+        ]
+        columns[f"sum_{column}"] = pa.array(np.concatenate(sums), from_pandas=True)
     return pa.table(columns)
-
-
-def _columns_of(name, cells):
-    layout = LAYOUTS[name]
-    row, place = np.divmod(cells.key, len(layout.series) * layout.size)
-    region, mask = np.divmod(row, len(layout.masks))
-    order = np.lexsort((mask, place))
-    series, place = np.divmod(place[order], layout.size)
-    outcome, bins = np.divmod(place, layout.n_bins)
-    sums = np.full((len(order), len(SCORE_SUMS)), np.nan)
-    sums[:, : len(layout.sums)] = cells.sums[order]
-    number = np.full(len(order), tuple(LAYOUTS).index(name))
-    named = np.array([SERIES.index(series) for series in layout.series])[series]
-    masks = np.array([TALLY_MASKS.index(mask) for mask in layout.masks])[mask[order]]
-    return region[order], masks, number, named, outcome, bins, cells.n[order], sums
-
-
-def cells_of_rows(table, names):
-    """Return the cells of some tables in a pyarrow Table of rows, a dict from name to `Cells`, in the order of rows."""
-    region, mask, series = (
-        _indices(table[name], known)
-        for name, known in (("region", TALLY_REGIONS), ("mask", TALLY_MASKS), ("series", SERIES))
-    )
-    number = _indices(table["table"], tuple(LAYOUTS))
-    outcome, bins, n = (table[name].to_numpy().astype(np.int64) for name in ("outcome", "bin", "n"))
-    found = {}
-    for name in names:
-        layout = LAYOUTS[name]
-        chosen = np.flatnonzero(number == tuple(LAYOUTS).index(name))
-        of_mask, of_series = _places(layout.masks, TALLY_MASKS), _places(layout.series, SERIES)
-        row = region[chosen] * len(layout.masks) + of_mask[mask[chosen]]
-        place = (row * len(layout.series) + of_series[series[chosen]]) * layout.n_outcomes + outcome[chosen]
-        sums = np.empty((len(chosen), len(layout.sums)))
-        for column in range(len(layout.sums)):
-            sums[:, column] = table[f"sum_{column}"].to_numpy()[chosen]
-        found[name] = Cells(place * layout.n_bins + bins[chosen], n[chosen], sums)
-    return found
-
-
-def _places(names, among):
-    """Return where each of `among` stands in `names`, an array; -1 for those that do not."""
-    return np.array([names.index(name) if name in names else -1 for name in among])
 
 
 def _dictionary(indices, names):
