@@ -4,14 +4,16 @@ CORES ?= 2
 BIN = .venv/bin
 SHELL = /bin/bash
 
-.PHONY: help demo test test-fast lint format bench-tally bench-sample clean
+.PHONY: help demo test test-fast lint format bench-tally bench-cohort bench-coverage bench-sample clean
 
 help:
 	@echo "make demo       draw a demo cohort, train small networks, evaluate them (about 8 minutes on 2 cores)"
 	@echo "make test       all tests;  make test-fast: the inner loop, under 2 minutes"
 	@echo "make lint       ruff, snakefmt, snakemake --lint;  make format: let them mend what they can"
-	@echo "make bench-tally   time the tally of a full-size patient beside scikit-learn"
-	@echo "make bench-sample time Monte Carlo passes of a full-size patient beside a loop with MONAI"
+	@echo "make bench-sample    time Monte Carlo passes of a full-size patient beside a loop with MONAI"
+	@echo "make bench-tally     time the tally of a full-size patient beside scikit-learn and torchmetrics"
+	@echo "make bench-cohort    time cohorts of up to 10,000 patients (fills 5 GB of tallies in a temporary folder)"
+	@echo "make bench-coverage  how often intervals hold the truth, in simulated cohorts"
 	@echo "make clean      remove the demo's data and results"
 
 .venv/ready: pyproject.toml constraints.txt
@@ -44,6 +46,12 @@ format: .venv/ready
 
 bench-tally: .venv/ready
 	$(BIN)/python benchmarks/tally.py
+
+bench-cohort: .venv/ready
+	$(BIN)/python benchmarks/cohort.py
+
+bench-coverage: .venv/ready
+	$(BIN)/python benchmarks/coverage.py
 
 bench-sample: .venv/ready
 	$(BIN)/python benchmarks/sample.py

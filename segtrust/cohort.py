@@ -498,12 +498,9 @@ def _keys(pooled, subsets):
 
 def _means_by_row(evaluated):
     """Return {(region, mask, measure): list of what a row of a patient mean holds}."""
-    keys = [
-        key
-        for key in evaluated.sources[0].metrics
-        if all(key in source.metrics for source in evaluated.sources) and key.n_bins in (None, *evaluated.n_bins)
-    ]
-    table = np.array([[source.metrics[key] for key in keys] for source in evaluated.sources])
+    keys, table = values_table(evaluated.sources)
+    wanted = [position for position, key in enumerate(keys) if key.n_bins in (None, *evaluated.n_bins)]
+    keys, table = [keys[position] for position in wanted], table[:, wanted]
     column = {key: position for position, key in enumerate(keys)}
     bounds = np.array([_range_of(key) for key in keys], np.float64)
     held = _studentised(table, evaluated.draws, bounds)
@@ -524,10 +521,19 @@ def _means_by_row(evaluated):
                 "value": float(table[here, position].mean()) if here.any() else np.nan,
                 "interval": BOUND if key.metric == "auroc_certificate" else held[position],
                 "n_cases": int(here.sum()),
-                "n_voxels": int(table[here][:, voxels].sum()) if voxels else None,
+                "n_voxels": int(table[:, voxels][here].sum()) if voxels else None,
             }
         )
     return rows
+
+
+def values_table(sources):
+    """Return (keys that all sources have, float64 (n_sources, n_keys)) of their metrics."""
+    first = list(sources[0].metrics)
+    if all(list(source.metrics) == first for source in sources):
+        return first, np.array([list(source.metrics.values()) for source in sources])
+    keys = [key for key in first if all(key in source.metrics for source in sources)]
+    return keys, np.array([[source.metrics[key] for key in keys] for source in sources])
 
 
 def _range_of(key):

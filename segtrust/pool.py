@@ -10,6 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import cache, cached_property
 from itertools import islice
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -52,6 +53,10 @@ _WRONG = np.array([0, 1, 1, 0])  # of the outcomes TP, FP, FN, TN
 # --- where tallies are --------------------------------------------------------------------------------------
 
 
+# a tally does not change: its metrics are computed once, in however many cohorts it is
+_METRICS = WeakKeyDictionary()
+
+
 class HeldTally:
     """A tally in memory, as `pooled_metrics` reads it.
 
@@ -64,9 +69,11 @@ class HeldTally:
         self._brief = brief
         self.early = {passes: HeldTally(early, True) for passes, early in tally.convergence.items()}
 
-    @cached_property
+    @property
     def metrics(self):
-        return values.values_of(self.tally, brief=self._brief)
+        if self.tally not in _METRICS:
+            _METRICS[self.tally] = values.values_of(self.tally, brief=self._brief)
+        return _METRICS[self.tally]
 
     @cached_property
     def curves(self):

@@ -18,7 +18,7 @@ from segtrust.cohort import (
 )
 from segtrust.errors import Problems, SegtrustError
 from segtrust.files import write_json
-from segtrust.masks import CONDITIONAL_ON_REFERENCE, MASKS
+from segtrust.masks import BANDS, CONDITIONAL_ON_REFERENCE, MASKS
 from segtrust.measures import MEASURES, binary_entropy
 from segtrust.pool import HeldTally
 from segtrust.tables import read_scales
@@ -534,3 +534,71 @@ def test_logistic_recalibration_is_averaged_over_patients_too():
     parts = [tally.probabilities("WT", "brain", "probability") for tally in twelve()]
     slopes = [metrics.logistic_recalibration(part["n"], part["sum_logit"])[1] for part in parts]
     assert row["value"] == pytest.approx(np.mean(slopes), rel=1e-9)
+
+
+# --- all of it
+
+SCORED = ("auroc", "aupr", "error_rate", "mean_uncertainty", "pearson_with_loss", "ue_dice")
+ERRORS = [
+    f"{name}_{kind}" for name in ("ece", "ace", "mce", "ece_equal_mass") for kind in ("class_probability", "top_label")
+]
+PROPER = ("brier", "brier_skill", "nll", "calibration_slope", "calibration_intercept")
+
+
+def named_by_the_definitions():
+    """Yield (region, mask, measure, metric, n_bins, pooling) of every row that the definitions ask for."""
+    both = ("pooled", "patient_mean")
+    measures = (*MEASURES, "deterministic_entropy_own")
+    for region in ("WT", "TC", "ET", "ALL"):
+        for mask in MASKS:
+            for measure in measures if region != "ALL" else ["entropy_4class"]:
+                for metric in SCORED:
+                    yield from ((region, mask, measure, metric, None, pooling) for pooling in both)
+                if mask in ("brain", "predicted_5mm"):
+                    yield from ((region, mask, measure, "spearman_with_loss", None, pooling) for pooling in both)
+            for kind in ("probability", "probability_deterministic"):
+                for metric in ("gap", "accuracy", "mean_confidence", *(PROPER if region != "ALL" else ())):
+                    yield from ((region, mask, kind, metric, None, pooling) for pooling in both)
+                for metric in ERRORS:
+                    if region == "ALL" and kind != "probability" and metric.endswith("class_probability"):
+                        continue  # the four-class view has class probabilities of the mean alone
+                    yield from (
+                        (region, mask, kind, metric, bins, pooling) for bins in (10, 15, 20) for pooling in both
+                    )
+    for region in ("WT", "TC", "ET"):
+        for band in BANDS:
+            for metric in ("auroc", "aupr", "error_rate", "mean_uncertainty"):
+                yield from ((region, band, "entropy", metric, None, pooling) for pooling in both)
+        for metric in ("qu_brats", "auc_dsc", "auc_ftp", "auc_ftn", "qu_brats_zero", "qu_brats_oracle"):
+            yield region, "volume", "entropy", metric, None, "patient_mean"
+        for metric in ("buc", "ba_ece"):
+            yield region, None, "entropy", metric, None, "patient_mean"
+        for measure in MEASURES:
+            for metric in ("retention_area", "retention_area_normalised"):
+                yield region, "brain", measure, metric, None, "patient_mean"
+        for metric in (
+            *("dice", "dice_deterministic", "delta_dice", "absolute_delta_dice", "sensitivity", "precision", "hd95"),
+            *("hd95_brats", "nsd_1mm", "dice_lesionwise", "volume_ml", "volume_error_ml", "pairwise_dice"),
+        ):
+            yield region, None, None, metric, None, "patient_mean"
+        for metric in ("dice", "sensitivity", "precision"):
+            yield region, None, None, metric, None, "pooled"
+        for metric in ("median_dice", "n_both_empty", "volume_coverage"):
+            yield region, None, None, metric, None, "patient_level"
+
+
+def test_the_table_has_every_row_that_the_definitions_ask_for():
+    tables = frames(evaluate(twelve(), sheet(12), n_bins=[10, 15, 20]))
+    rows = tables["metrics"]
+    rows = rows[rows["aggregation"].isna()]
+    columns = ["region", "mask", "measure", "metric", "n_bins", "pooling"]
+    held = {tuple(None if pd.isna(value) else value for value in row) for row in rows[columns].itertuples(index=False)}
+    assert not set(named_by_the_definitions()) - held
+
+
+def test_every_value_has_an_interval_or_says_why_not():
+    rows = tables_of_twelve()["metrics"]
+    without = rows[rows["value"].notna() & rows["ci_low"].isna()]
+    assert without["interval"].str.startswith("none: ").all()
+    reasons = set(without["interval"].str.removeprefix("none: ").str.split(";").str[0])
+    assert {"a bound", "a count", "a threshold", "see cliffs_delta"} <= reasons
