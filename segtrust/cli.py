@@ -1,4 +1,4 @@
-"""The command `segtrust`: start a study, run it, look into its networks, draw phantoms."""
+"""The command `segtrust`: start a study, run it, see how far it is, look into its networks, draw phantoms."""
 
 import argparse
 import os
@@ -22,7 +22,7 @@ def main(arguments=None):
     if rest and options.command != "run":
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     try:
-        return {"init": _init, "run": _run, "layers": _layers, "phantom": _phantom}[options.command](options, rest)
+        return _COMMANDS[options.command](options, rest)
     except SegtrustError as error:
         print(f"segtrust {options.command}: {error}", file=sys.stderr)
         return 1
@@ -47,6 +47,11 @@ def _parser():
         allow_abbrev=False,
     )
     run.add_argument("--profile", default="local", help="local, or the path of a Snakemake profile")
+
+    status = commands.add_parser("status", help="tell what of a study is done, stale, failed or missing")
+    status.add_argument(
+        "study", metavar="STUDY", nargs="?", default=".", help="folder with config.yaml (default: here)"
+    )
 
     layers = commands.add_parser("layers", help="list the layers of a model's network, to inject dropout after")
     layers.add_argument("model", metavar="MODEL", help="name of a model in config.yaml; its weights need not exist")
@@ -120,6 +125,13 @@ def _layers(options, _):
     return 0
 
 
+def _status(options, _):
+    from segtrust.status import status
+
+    print(status(_folder(options.study)))
+    return 0
+
+
 def _phantom(options, _):
     from segtrust.phantoms import write_cohort
 
@@ -127,3 +139,6 @@ def _phantom(options, _):
     sheet = write_cohort(options.folder, options.patients, tuple(options.shape), options.seed, splits)
     print(f"{options.patients} patients drawn; the sheet is {sheet}")
     return 0
+
+
+_COMMANDS = {"init": _init, "run": _run, "status": _status, "layers": _layers, "phantom": _phantom}
