@@ -8,6 +8,7 @@ preprocess ──► train (where a model is trained here)│
                   └────────────► moments ◄───────────────────┘
                           ┌─────────┴─────────┐
                         maps               voxels ──► tally ──► cohort ──► report
+                                                        └─────► comparison (of every two models)
 """
 
 if not workflow.overwrite_configfiles:
@@ -25,6 +26,7 @@ include: "workflow/rules/maps.smk"
 include: "workflow/rules/voxels.smk"
 include: "workflow/rules/tally.smk"
 include: "workflow/rules/cohort.smk"
+include: "workflow/rules/comparison.smk"
 include: "workflow/rules/report.smk"
 
 
@@ -37,4 +39,5 @@ rule all:
     input:
         every_map(),
         every_cohort(),
+        every_comparison(),
         "results/report/index.html",

@@ -14,6 +14,7 @@ from weakref import WeakKeyDictionary
 
 import numpy as np
 import pyarrow.parquet as pq
+from threadpoolctl import threadpool_limits
 
 from segtrust import metrics, values
 from segtrust.bins import JOINT_BINS, SCORE_BINS
@@ -79,8 +80,9 @@ class HeldTally:
     def curves(self):
         return values.curves_of(self.tally)
 
-    def cells(self, region, part):
-        return self.tally.cells(region, part)  # as they are in a file
+    def cells(self, region, parts):
+        """Return the cells of some parts of a region, a dict from table to `Cells` as they are in a file."""
+        return {name: cells for part in parts for name, cells in self.tally.cells(region, part).items()}
 
 
 class StoredTally:
@@ -91,8 +93,8 @@ class StoredTally:
 
     def __init__(self, path):
         self._path = path
-        metadata = pq.read_metadata(path)
-        schema = metadata.schema.to_arrow_schema()
+        self._metadata = pq.read_metadata(path)
+        schema = self._metadata.schema.to_arrow_schema()
         try:
             about = about_of(schema)
         except SegtrustError as error:
@@ -115,29 +117,28 @@ class StoredTally:
             tally = Tally({}, counts_of(part), [], part["available"])
             self.early[passes] = _StoredEarly(self, passes, tally, metrics_of_fewer[passes])
 
-    def cells(self, region, part):
-        return self._read(None, region, part)
+    def cells(self, region, parts):
+        return self._read(None, region, parts)
 
-    def _read(self, passes, region, part):
-        names = PARTS[part]
-        group, lengths = self._groups.get((passes, region, part), (None, [0] * len(names)))
-        if group is None:
-            return {name: Cells(np.empty(0, int), np.empty(0, int), np.empty((0, _n_sums(name)))) for name in names}
-        columns = ["cell", "n", *(f"sum_{column}" for column in range(max(map(_n_sums, names))))]
-        with pq.ParquetFile(self._path) as file:
-            rows = file.read_row_group(group, columns=columns, use_threads=False)
-        cell, n, *sums = (rows[name].to_numpy() for name in columns)
-        ends = np.cumsum(lengths)
-        return {
-            name: Cells(
-                cell[end - length : end],
-                n[end - length : end],
-                np.stack([column[end - length : end] for column in sums[: _n_sums(name)]], axis=1)
-                if _n_sums(name)
-                else np.empty((length, 0)),
-            )
-            for name, length, end in zip(names, lengths, ends, strict=True)
-        }
+    def _read(self, passes, region, parts):
+        found = {}
+        with pq.ParquetFile(self._path, metadata=self._metadata, memory_map=True) as file:
+            for part in parts:
+                names = PARTS[part]
+                group, lengths = self._groups.get((passes, region, part), (None, [0] * len(names)))
+                columns = ["cell", "n", *(f"sum_{column}" for column in range(max(map(_n_sums, names))))]
+                if group is None:
+                    rows = [np.empty(0, np.int64)] * len(columns)
+                else:
+                    read = file.read_row_group(group, columns=columns, use_threads=False)
+                    rows = [read[name].to_numpy() for name in columns]
+                last = 0
+                for name, length in zip(names, lengths, strict=True):
+                    cell, n, *sums = (column[last : last + length] for column in rows)
+                    sums = sums[: _n_sums(name)]
+                    found[name] = Cells(cell, n, np.stack(sums, axis=1) if sums else np.empty((length, 0)))
+                    last += length
+        return found
 
 
 @dataclass
@@ -148,8 +149,8 @@ class _StoredEarly:
     metrics: dict
     early: dict = field(default_factory=dict)
 
-    def cells(self, region, part):
-        return self.whole._read(self.passes, region, part)
+    def cells(self, region, parts):
+        return self.whole._read(self.passes, region, parts)
 
 
 def _n_sums(name):
@@ -230,28 +231,36 @@ class _Run:
     def region(self, region):
         rows = [row for row in values.rows_of(region, self.available, self.brief) if self.wanted(region, *row)]
         kinds = [row for row in values.kinds_of(region, self.available, self.brief) if self.wanted(region, *row)]
+        n_cases, floats = len(self.sources), np.dtype(np.float32).itemsize
+        if self.brief and rows:
+            sums, coarse, held = _Sums(rows, n_cases, ()), _Coarse(rows, n_cases), _Calibrations(region, kinds, n_cases)
+            totals = self._read(region, tuple(PARTS), [sums, coarse, held])
+            yield from self._scores(region, rows, sums, coarse, [totals])
+            yield from self._calibrations(region, kinds, held, totals)
+            return
         if rows:
-            sums = _Sums(rows, len(self.sources), () if self.brief else JOINT_MASKS)
-            totals = self._read(region, "sums", [sums])
-            size = 2 * _N_COARSE * np.dtype(np.float32).itemsize * (len(self.sources) + len(self.fitting))
-            for some in _pieces(rows, size):
-                yield from self._scores(region, some, sums, totals)
-        if kinds:
-            size = 3 * sum(len(_coarse_starts(kind)) for kind in ("probability", "confidence"))
-            size *= np.dtype(np.float32).itemsize * len(self.sources) * (len(CLASS_KINDS) if region == ALL else 1)
-            for some in _pieces(kinds, size):
-                yield from self._calibrations(region, some)
+            sums = _Sums(rows, n_cases, JOINT_MASKS)
+            of_sums = self._read(region, ["sums"], [sums])
+            for some in _pieces(rows, 2 * _N_COARSE * floats * (n_cases + len(self.fitting))):
+                coarse = _Coarse(some, n_cases)
+                of_scores = self._read(region, ["scores"], [coarse])
+                yield from self._scores(region, some, sums, coarse, [of_sums, of_scores])
+        size = 3 * sum(len(_coarse_starts(kind)) for kind in ("probability", "confidence")) * floats * n_cases
+        for some in _pieces(kinds, size * (len(CLASS_KINDS) if region == ALL else 1)) if kinds else ():
+            held = _Calibrations(region, some, n_cases)
+            totals = self._read(region, ["calibration"], [held])
+            yield from self._calibrations(region, some, held, totals)
 
-    def _read(self, region, part, held, sources=None, subsets=None):
-        """Return a dict of dense sums per subset, and give every case's cells to what is held."""
+    def _read(self, region, parts, held, sources=None, subsets=None):
+        """Return dense sums per subset, and give every case's cells to what is held."""
         sources, subsets = sources or self.sources, subsets or self.subsets
-        totals = [_Dense(part) for _ in subsets]
+        totals = [_Dense(parts) for _ in subsets]
         of_case = [[] for _ in sources]
         for number, subset in enumerate(subsets):
             for case in subset.cases:
                 of_case[case].append(totals[number])
         with ThreadPoolExecutor(self.threads) as executor:
-            waiting = (executor.submit(source.cells, region, part) for source in sources)
+            waiting = (executor.submit(source.cells, region, parts) for source in sources)
             ahead = list(islice(waiting, AHEAD))
             for case in range(len(sources)):
                 cells = ahead.pop(0).result()
@@ -262,17 +271,18 @@ class _Run:
                     one.fill(case, cells)
         return totals
 
-    def _scores(self, region, rows, sums, totals_of_sums):
-        coarse = _Coarse(rows, len(self.sources))
-        totals = self._read(region, "scores", [coarse])
+    def _scores(self, region, rows, sums, coarse, totals):
+        """Yield what `pooled_metrics` does of measures; totals : dense sums per subset, of one or several parts."""
         fitting = None
         if self.fitting:
             fitting = _Coarse(rows, len(self.fitting))
             everyone = Subset(np.arange(len(self.fitting)), None)
-            self._read(region, "scores", [fitting], self.fitting, [everyone])
+            self._read(region, ["scores"], [fitting], self.fitting, [everyone])
         pooled = [
-            Tally.of_cells(region, score.cells() | other.cells(), self.available)
-            for score, other in zip(totals, totals_of_sums, strict=True)
+            Tally.of_cells(
+                region, {name: cells for part in parts for name, cells in part.cells().items()}, self.available
+            )
+            for parts in zip(*totals, strict=True)
         ]
 
         def one(task):
@@ -300,9 +310,8 @@ class _Run:
 
         yield from self._each(one, rows)
 
-    def _calibrations(self, region, kinds):
-        held = _Calibrations(region, kinds, len(self.sources))
-        totals = self._read(region, "calibration", [held])
+    def _calibrations(self, region, kinds, held, totals):
+        """Yield what `pooled_metrics` does of kinds of probability; totals : dense sums per subset."""
         pooled = [Tally.of_cells(region, total.cells(), self.available) for total in totals]
 
         def one(task):
@@ -325,7 +334,7 @@ class _Run:
     def _each(self, function, rows) -> Iterator[Pooled]:
         """Yield the function of every row and subset, in order, computed on several threads."""
         tasks = iter([(position, number) for position in range(len(rows)) for number in range(len(self.subsets))])
-        with ThreadPoolExecutor(self.threads) as executor:
+        with threadpool_limits(1, user_api="blas"), ThreadPoolExecutor(self.threads) as executor:
             ahead = [executor.submit(function, task) for task in islice(tasks, 2 * self.threads)]
             while ahead:
                 yield ahead.pop(0).result()
@@ -342,9 +351,10 @@ def _pieces(rows, size):
 class _Dense:
     """Sums of cells of one region, in arrays as large as there are cells."""
 
-    def __init__(self, part):
-        self._n = {name: np.zeros(LAYOUTS[name].region_size, np.int64) for name in PARTS[part]}
-        self._sums = {name: np.zeros((LAYOUTS[name].region_size, _n_sums(name))) for name in PARTS[part]}
+    def __init__(self, parts):
+        names = [name for part in parts for name in PARTS[part]]
+        self._n = {name: np.zeros(LAYOUTS[name].region_size, np.int64) for name in names}
+        self._sums = {name: np.zeros((LAYOUTS[name].region_size, _n_sums(name))) for name in names}
 
     def add(self, cells):
         for name, held in cells.items():
@@ -457,7 +467,7 @@ def _resampled_scores(counts, thresholds, fixed, found, draws):
     }
     mean = None
     if in_sample:
-        drawn = per_case.T[at] * weights
+        drawn = np.ascontiguousarray(per_case.T)[at] * weights
         exists = np.isfinite(drawn)
         mean = _ratio(np.where(exists, drawn, 0).sum(axis=1), (weights * exists).sum(axis=1))
     return resampled, UncertaintyErrorDice(value, at_threshold, threshold, flag, dice, mean)

@@ -104,15 +104,17 @@ class Study:
     def cohort_settings(self):
         """Return what `segtrust.cohort.cohort` takes, as one canonical JSON text."""
         settings = self.config["cohort"]
-        return canonical_json(
-            {
-                "n_resamples": settings["resamples"],
-                "failure_dice": settings["failure_dice"],
-                "n_bins": settings["bins"],
-                "groups": settings["groups"],
-                "seed": self.config["seed"],
-            }
-        )
+        more = {"failure_dice": settings["failure_dice"], "groups": settings["groups"]}
+        return canonical_json({**self._resampling, **more})
+
+    def comparison_settings(self):
+        """Return what `segtrust.comparison.comparison` takes, as one canonical JSON text."""
+        return canonical_json(self._resampling)
+
+    @property
+    def _resampling(self):
+        settings = self.config["cohort"]
+        return {"n_resamples": settings["resamples"], "n_bins": settings["bins"], "seed": self.config["seed"]}
 
 
 def read_study(config, check_headers):

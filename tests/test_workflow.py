@@ -129,6 +129,7 @@ CONTRACT = {
         *("metrics.parquet", "metrics.csv", "patients.parquet", "patients.csv", "strata.parquet", "strata.csv"),
         *("curves.parquet", "alarms.json"),
     ],
+    "comparison": ["metrics.parquet", "metrics.csv"],
     "report": ["index.html"],
 }
 
@@ -225,6 +226,35 @@ def test_tables_say_where_their_numbers_come_from(study):
         assert {"preprocess", "voxels", "tally", "cohort", "versions"} <= set(provenance)
 
 
+def test_a_comparison_is_the_difference_between_two_cohorts(study):
+    table = pd.read_parquet(study / "results/comparison/metrics.parquet")
+    pairs = set(zip(table["model"], table["reference_model"], strict=True))
+    # the configuration is written in the order of the alphabet
+    assert pairs == {("given", "once"), ("given", "trained"), ("once", "trained")}
+    place = ["region", "mask", "measure", "metric", "n_bins"]
+    rows = table.query("model == 'given' and reference_model == 'trained' and pooling == 'pooled'")
+    for name in ("given", "trained"):
+        cohort = metrics(study, name, pooling="pooled", passes=N_PASSES)[[*place, "value"]]
+        rows = rows.merge(cohort, on=place, suffixes=("", f"_{name}"), validate="1:1")
+    assert len(rows) > 1000
+    np.testing.assert_allclose(rows["value"], rows["value_given"] - rows["value_trained"], rtol=1e-9, atol=1e-12)
+
+
+def test_a_comparison_says_where_its_numbers_come_from(study):
+    from segtrust.files import read_parquet
+
+    provenance = read_parquet(study / "results/comparison/metrics.parquet")[1]
+    assert set(provenance["models"]) == {"trained", "given", "once"}
+    assert provenance["models"]["trained"]["model"]["settings"]["network"] == TRAINED["network"]
+    assert provenance["comparison"]["n_resamples"] == 100
+
+
+def test_two_models_are_compared_and_one_alone_is_not(tmp_path):
+    write_study(tmp_path, {"given": GIVEN}, n_test=2)
+    assert "comparison" not in planned(tmp_path)
+    assert planned(tmp_path, *changed(tmp_path, models={"once": ONCE}))["comparison"] == 1
+
+
 def test_a_maps_sidecar_names_the_weights(study):
     sidecar = json.loads((study / "results/trained/maps/p3_entropy.json").read_text())
     digest = (study / "results/trained/train/checkpoint.sha256").read_text().split()[0]
@@ -243,7 +273,7 @@ def test_more_passes_draw_only_the_new_ones(study):
 
 
 def test_another_number_of_resamples_redoes_the_cohort_and_what_follows(study):
-    assert set(planned(study, *changed(study, cohort={"resamples": 101}))) == {"cohort", "report", "all"}
+    assert set(planned(study, *changed(study, cohort={"resamples": 101}))) == {"cohort", "comparison", "report", "all"}
 
 
 def test_report_settings_redo_the_report_only(study):

@@ -73,6 +73,11 @@ def every_cohort():
     return expand("results/{model}/cohort/metrics.parquet", model=models)
 
 
+def every_comparison():
+    """Return the comparison of the models; there is none of a single model, nor without a cohort."""
+    return ["results/comparison/metrics.parquet"] if STUDY.has_cohort and len(STUDY.models) > 1 else []
+
+
 # --- preprocess ---
 
 

@@ -1,0 +1,30 @@
+"""Compare every two models on the patients they share: paired differences, with one family of tests.
+
+in:   results/{model}/tally/{patient}.parquet of every model and every patient with a reference
+out:  results/comparison/metrics.parquet (+ .csv)
+"""
+
+
+rule comparison:
+    input:
+        tallies=expand("results/{model}/tally/{patient}.parquet", model=STUDY.models, patient=STUDY.evaluated),
+    output:
+        metrics="results/comparison/metrics.parquet",
+        metrics_csv="results/comparison/metrics.csv",
+    log:
+        "logs/comparison.log",
+    benchmark:
+        "logs/benchmark/comparison.tsv"
+    conda:
+        "../../envs/segtrust.yaml"
+    threads: 2
+    resources:
+        mem_mb=lambda wildcards, attempt: 3000 * len(STUDY.models) * attempt,
+        runtime=lambda wildcards, attempt: 60 * len(STUDY.models) * attempt,
+    params:
+        settings=STUDY.comparison_settings(),
+        patients=STUDY.rows(STUDY.evaluated),
+        models=list(STUDY.models),
+        code=code("comparison"),
+    script:
+        "../scripts/comparison.py"

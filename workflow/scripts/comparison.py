@@ -1,0 +1,13 @@
+"""Compare the models of a study, two at a time."""
+
+import json
+
+from segtrust.comparison import comparison, read_models, write_comparison
+from segtrust.jobs import job
+
+with job(snakemake, "comparison"):
+    rows, settings = json.loads(snakemake.params.patients), json.loads(snakemake.params.settings)
+    models, provenances = read_models(snakemake.input.tallies, snakemake.params.models, rows)
+    table = comparison(models, threads=snakemake.threads, **settings)
+    settings["code"] = snakemake.params.code
+    write_comparison(snakemake.output, table, {"comparison": settings, "models": provenances})
