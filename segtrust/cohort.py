@@ -208,9 +208,9 @@ def cohort(
     )
     fitting = [sources[k] for k in fitting]
     subsets = _subsets(evaluated, groups, n_resamples, seed)
-    rows, curves = _Rows(evaluated), _Curves(model)
-    tables = {region: _cases(evaluated.sources, region) for region in REGIONS}
-    of_calibration = {region: _cases(fitting, region)["scores"] for region in REGIONS}
+    rows, curves = Rows(evaluated), _Curves(model)
+    tables = {region: cases_of(evaluated.sources, region) for region in REGIONS}
+    of_calibration = {region: cases_of(fitting, region)["scores"] for region in REGIONS}
     found = _voxel_metrics(rows, curves, evaluated, subsets, fitting, tables)
     _mean_curves(curves, evaluated)
     stratum_rows = []
@@ -293,7 +293,7 @@ def check_agreement(provenances):
 # --- rows ---------------------------------------------------------------------------------------------------------
 
 
-class _Rows:
+class Rows:
     """Rows of the table `metrics`."""
 
     def __init__(self, evaluated):
@@ -400,7 +400,7 @@ def _add_patient_means(rows, evaluated, values, ranges, n_voxels, **keys):
     """
     table = np.stack(list(values.values()), axis=1)
     bounds = np.array([ranges.get(metric, (0, 1)) for metric, _ in values], np.float64)
-    interval = _studentised(table, evaluated.draws, bounds)
+    interval = studentised(table, evaluated.draws, bounds)
     exists = np.isfinite(table)
     for column, (metric, bins) in enumerate(values):
         here = exists[:, column]
@@ -416,7 +416,7 @@ def _add_patient_means(rows, evaluated, values, ranges, n_voxels, **keys):
         )
 
 
-def _studentised(table, draws, bounds):
+def studentised(table, draws, bounds):
     """Return a list of intervals, one per column of (n_cases, columns); without draws there are none."""
     if draws is None:
         return [_nothing(TOO_SMALL)] * table.shape[1]
@@ -502,8 +502,8 @@ def _means_by_row(evaluated):
     wanted = [position for position, key in enumerate(keys) if key.n_bins in (None, *evaluated.n_bins)]
     keys, table = [keys[position] for position in wanted], table[:, wanted]
     column = {key: position for position, key in enumerate(keys)}
-    bounds = np.array([_range_of(key) for key in keys], np.float64)
-    held = _studentised(table, evaluated.draws, bounds)
+    bounds = np.array([range_of(key) for key in keys], np.float64)
+    held = studentised(table, evaluated.draws, bounds)
     rows = defaultdict(list)
     for position, key in enumerate(keys):
         if key.metric in COUNTS:
@@ -536,7 +536,7 @@ def values_table(sources):
     return keys, np.array([[source.metrics[key] for key in keys] for source in sources])
 
 
-def _range_of(key):
+def range_of(key):
     if key.metric == "mean_uncertainty":
         return (-np.inf, 0) if key.measure == "boundary_proximity" else (0, 1)
     return VALUE_RANGES.get(key.metric, (0, 1))
@@ -721,7 +721,7 @@ def _mean_curves(curves, evaluated):
 # --- segmentation -------------------------------------------------------------------------------------------------
 
 
-def _cases(sources, region):
+def cases_of(sources, region):
     """Return what is known of each case on one region: a dict of float64 (n_cases,), and `scores`, a dict of them.
 
     NaN where a number does not exist; scores also where the prediction is empty.
@@ -771,7 +771,7 @@ def _cases(sources, region):
 
 
 def _of_cases(table, cases):
-    """Return the part of a table of `_cases` that belongs to some cases."""
+    """Return the part of a table of `cases_of` that belongs to some cases."""
     scores = {key: values[cases] for key, values in table["scores"].items()}
     return {name: scores if name == "scores" else values[cases] for name, values in table.items()}
 
@@ -971,7 +971,7 @@ def _convergence(evaluated):
 def _after(passes, evaluated):
     early = [source.early[passes] for source in evaluated.sources]
     early = replace(evaluated, sources=early, passes=passes, n_bins=list(CONVERGENCE_BINS))
-    rows, whole = _Rows(early), Subset(np.arange(len(early.sources)), early.draws)
+    rows, whole = Rows(early), Subset(np.arange(len(early.sources)), early.draws)
     _voxel_metrics(rows, None, early, [whole], [], None)
     for place, region in enumerate(REGIONS):
         found = np.array([tally.overlap[place, place] for tally in early.tallies])

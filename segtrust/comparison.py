@@ -19,11 +19,11 @@ from segtrust import intervals, metrics, paired, strata
 from segtrust.cohort import (
     PRIMARY,
     SEGMENTATION_RANGES,
-    _cases,
-    _range_of,
-    _Rows,
-    _studentised,
+    Rows,
+    cases_of,
     check_agreement,
+    range_of,
+    studentised,
     values_table,
 )
 from segtrust.errors import Problems, SegtrustError, raise_if_any
@@ -50,7 +50,7 @@ class _Model:
 
     numbers : {Key: float64 (n_cases,)}, every metric of each case, NaN where it is undefined; those of segmentation
         have no measure
-    cases, fitted : {region: as of `cohort._cases`} and {region: scores of the calibration split}
+    cases, fitted : {region: as of `cohort.cases_of`} and {region: scores of the calibration split}
     """
 
     def __init__(self, name, tallies, patients):
@@ -67,9 +67,9 @@ class _Model:
         self.patients = patients.loc[test].reset_index(drop=True)
         self.passes = max(int(source.tally.scalars["passes"]) for source in self.sources)
         self.available = frozenset.intersection(*(source.tally.available for source in self.sources))
-        self.cases = {region: _cases(self.sources, region) for region in REGIONS}
+        self.cases = {region: cases_of(self.sources, region) for region in REGIONS}
         fitting = [sources[k] for k in calibration]
-        self.fitted = {region: _cases(fitting, region)["scores"].get(PRIMARY, np.empty(0)) for region in REGIONS}
+        self.fitted = {region: cases_of(fitting, region)["scores"].get(PRIMARY, np.empty(0)) for region in REGIONS}
         self.numbers = self._numbers()
 
     def _numbers(self):
@@ -197,7 +197,7 @@ class _Differences:
     def __init__(self, pair, p, adjusted):
         self.pair = pair
         self._p, self._adjusted = p, adjusted
-        self._rows = _Rows(SimpleNamespace(model=pair.first.name, passes=pair.passes))
+        self._rows = Rows(SimpleNamespace(model=pair.first.name, passes=pair.passes))
 
     def add(self, key, pooling, value, interval, n_cases, **more):
         """Append the row of a Key; more : further columns."""
@@ -295,9 +295,9 @@ def _patient_means(rows):
     pair = rows.pair
     keys = [key for key in pair.keys if key.metric not in (*COUNTS, "auroc_certificate")]
     table = np.stack([np.subtract(*pair.numbers(key)) for key in keys], axis=1)
-    ranges = [SEGMENTATION_RANGES.get(key.metric, (0, 1)) if key.measure is None else _range_of(key) for key in keys]
+    ranges = [SEGMENTATION_RANGES.get(key.metric, (0, 1)) if key.measure is None else range_of(key) for key in keys]
     bounds = np.array([(low - high, high - low) for low, high in ranges], np.float64)
-    for key, values, interval in zip(keys, table.T, _studentised(table, pair.draws, bounds), strict=True):
+    for key, values, interval in zip(keys, table.T, studentised(table, pair.draws, bounds), strict=True):
         exists = np.isfinite(values)
         n_cases = exists.sum()
         value = values[exists].mean() if n_cases else np.nan
@@ -375,24 +375,14 @@ def _add_pooled(rows, first, second):
             continue
         value = value - second.metrics[metric, bins]
         resampled = first.resampled[metric, bins] - second.resampled[metric, bins]
-        interval = intervals.expanded_percentile(value, resampled, draws.count_subjects(here))
+        n_subjects = draws.count_subjects(here)
         if metric.startswith(("ece_", "ace_", "mce_")):
-            interval = _envelope(value, resampled, interval)
+            # what noise adds to the error of a resample differs between models, and does not cancel
+            interval = intervals.envelope(value, resampled, n_subjects, lowest=-np.inf)
+        else:
+            interval = intervals.expanded_percentile(value, resampled, n_subjects)
         key = Key(first.region, first.mask, first.measure, metric, bins)
         rows.add(key, "pooled", value, interval, here.sum(), n_voxels=n_voxels)
-
-
-def _envelope(value, resampled, interval):
-    """Return the interval of a difference of calibration errors, and its bias, from its percentile interval.
-
-    What noise adds to a calibration error in a resample differs between a calibrated and an uncalibrated model, so
-    that it does not cancel. As in `intervals.envelope`, each bound is the wider one of the basic and the percentile
-    interval; not clipped, as a difference may be negative.
-    """
-    defined = resampled[np.isfinite(resampled)]
-    bias = defined.mean() - value if np.isfinite(interval.low) else np.nan
-    low, high = np.minimum(interval.low, 2 * value - interval.high), np.maximum(interval.high, 2 * value - interval.low)
-    return intervals.Intervals(low, high, bias, str(interval.label).replace("expanded_percentile", "envelope"))
 
 
 # --- triage -------------------------------------------------------------------------------------------------

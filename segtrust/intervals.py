@@ -140,20 +140,21 @@ def expanded_percentile(value, resampled, n_subjects):
     return _of_quantiles("expanded_percentile", value, lower, upper, n_subjects, n_undefined, len(resampled))
 
 
-def envelope(value, resampled, n_subjects):
-    """Return the intervals of calibration errors, and the resampling bias.
+def envelope(value, resampled, n_subjects, lowest=0):
+    """Return the intervals of calibration errors, or of differences of them, and the resampling bias.
 
     A resample's calibration error exceeds that of the cohort, because noise in a bin counts as error. The basic
     interval [2·value − upper, 2·value − lower] reflects that excess back; where gaps are small, an absolute value has a
     kink and it reflects too much. On each side the wider one of the basic and the percentile interval is taken, both
-    at the level of `expanded_percentile`, clipped at 0. Arguments as in `percentile`.
+    at the level of `expanded_percentile`, clipped at `lowest` (a difference is not: minus infinity). Other arguments as
+    in `percentile`.
     """
     value = np.asarray(value, dtype=np.float64)
     lower, upper, n_undefined = _quantiles(resampled, _expanded(n_subjects))
     finite = np.isfinite(resampled)
     with np.errstate(invalid="ignore", divide="ignore"):
         bias = np.where(finite, resampled, 0).sum(axis=0) / finite.sum(axis=0) - value
-    low = np.maximum(np.minimum(lower, 2 * value - upper), 0)
+    low = np.maximum(np.minimum(lower, 2 * value - upper), lowest)
     high = np.maximum(upper, 2 * value - lower)
     return _judged("envelope", low, high, bias, n_subjects, n_undefined, len(resampled))
 

@@ -122,7 +122,7 @@ class StoredTally:
 
     def _read(self, passes, region, parts):
         found = {}
-        with pq.ParquetFile(self._path, metadata=self._metadata, memory_map=True) as file:
+        with pq.ParquetFile(self._path, metadata=self._metadata) as file:
             for part in parts:
                 names = PARTS[part]
                 group, lengths = self._groups.get((passes, region, part), (None, [0] * len(names)))

@@ -11,8 +11,8 @@ from segtrust.cohort import (
     CURVES_SCHEMA,
     METRICS_SCHEMA,
     STRATA_SCHEMA,
-    _cases,
     _volume_quantiles,
+    cases_of,
     check_agreement,
     cohort,
 )
@@ -373,7 +373,7 @@ def test_strata_agree_with_the_scores_in_the_patients_table():
 def test_a_patient_without_a_predicted_region_has_no_score():
     # Moved inwards by 9 voxels, the ball of radius 4 is gone.
     tallies = [tally_of(0, shift=-9), tally_of(1)]
-    scores = _cases([HeldTally(tally) for tally in tallies], "WT")["scores"]["brain_mean", "entropy"]
+    scores = cases_of([HeldTally(tally) for tally in tallies], "WT")["scores"]["brain_mean", "entropy"]
     assert np.isnan(scores[0])
     assert np.isfinite(scores[1])
 

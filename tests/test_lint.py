@@ -9,7 +9,10 @@ import yaml
 
 from segtrust.config import ROOT
 
-STAGES = ("preprocess", "train", "inject", "sample", "gather", "maps", "voxels", "tally", "cohort", "report")
+STAGES = (
+    *("preprocess", "train", "inject", "sample", "gather", "maps", "voxels", "tally"),
+    *("cohort", "comparison", "report"),
+)
 
 
 def pinned(text):
