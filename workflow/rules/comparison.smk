@@ -19,7 +19,7 @@ rule comparison:
         "../../envs/segtrust.yaml"
     threads: 2
     resources:
-        mem_mb=lambda wildcards, attempt: 3000 * len(STUDY.models) * attempt,
+        mem_mb=lambda wildcards, attempt: 5000 * attempt,
         runtime=lambda wildcards, attempt: 60 * len(STUDY.models) * attempt,
     params:
         settings=STUDY.comparison_settings(),
