@@ -1,14 +1,16 @@
 # Each target sets up what it needs: a .venv with the versions of constraints.txt.
 PYTHON ?= python3
 CORES ?= 2
+REPEAT ?= 20
 BIN = .venv/bin
 SHELL = /bin/bash
 
-.PHONY: help demo test test-fast lint format bench-tally bench-cohort bench-coverage bench-sample clean
+.PHONY: help demo test test-fast test-slurm stress-slurm lint format bench-tally bench-cohort bench-coverage bench-sample clean
 
 help:
 	@echo "make demo       draw a demo cohort, train small networks, evaluate them (about 8 minutes on 2 cores)"
 	@echo "make test       all tests;  make test-fast: the inner loop, under 2 minutes"
+	@echo "make test-slurm      the workflow and its faults on a real SLURM, started for it; make stress-slurm REPEAT=20"
 	@echo "make lint       ruff, snakefmt, snakemake --lint;  make format: let them mend what they can"
 	@echo "make bench-sample    time Monte Carlo passes of a full-size patient beside a loop with MONAI"
 	@echo "make bench-tally     time the tally of a full-size patient beside scikit-learn and torchmetrics"
@@ -28,10 +30,16 @@ demo: .venv/ready
 	@echo "Report: results/report/index.html    Tables: results/<model>/cohort/"
 
 test: .venv/ready
-	$(BIN)/python -m pytest -n $(CORES) --dist worksteal
+	$(BIN)/python -m pytest -n $(CORES) --dist worksteal --ignore=tests/slurm
 
 test-fast: .venv/ready
-	$(BIN)/python -m pytest -n $(CORES) --dist worksteal -m 'not slow'
+	$(BIN)/python -m pytest -n $(CORES) --dist worksteal -m 'not slow' --ignore=tests/slurm
+
+test-slurm: .venv/ready
+	$(BIN)/python -m pytest tests/slurm -m 'not stress' --durations=5
+
+stress-slurm: .venv/ready
+	SEGTRUST_REPEAT=$(REPEAT) $(BIN)/python -m pytest tests/slurm/test_faults.py
 
 lint: .venv/ready
 	$(BIN)/ruff check .
