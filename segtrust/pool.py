@@ -93,8 +93,7 @@ class StoredTally:
 
     def __init__(self, path):
         self._path = path
-        self._metadata = pq.read_metadata(path)
-        schema = self._metadata.schema.to_arrow_schema()
+        schema = pq.read_metadata(path).schema.to_arrow_schema()  # what a file says of its columns is large
         try:
             about = about_of(schema)
         except SegtrustError as error:
@@ -122,7 +121,7 @@ class StoredTally:
 
     def _read(self, passes, region, parts):
         found = {}
-        with pq.ParquetFile(self._path, metadata=self._metadata) as file:
+        with pq.ParquetFile(self._path) as file:
             for part in parts:
                 names = PARTS[part]
                 group, lengths = self._groups.get((passes, region, part), (None, [0] * len(names)))
@@ -245,11 +244,13 @@ class _Run:
                 coarse = _Coarse(some, n_cases)
                 of_scores = self._read(region, ["scores"], [coarse])
                 yield from self._scores(region, some, sums, coarse, [of_sums, of_scores])
+                del coarse, of_scores  # as large as what comes next
         size = 3 * sum(len(_coarse_starts(kind)) for kind in ("probability", "confidence")) * floats * n_cases
         for some in _pieces(kinds, size * (len(CLASS_KINDS) if region == ALL else 1)) if kinds else ():
             held = _Calibrations(region, some, n_cases)
             totals = self._read(region, ["calibration"], [held])
             yield from self._calibrations(region, some, held, totals)
+            del held, totals
 
     def _read(self, region, parts, held, sources=None, subsets=None):
         """Return dense sums per subset, and give every case's cells to what is held."""
