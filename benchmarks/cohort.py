@@ -133,7 +133,7 @@ def main():
     parser.add_argument("--patients", type=int, nargs="+", default=[10, 100, 1_251, 10_000])
     parser.add_argument("--resamples", type=int, default=2_000)
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
-    parser.add_argument("--files", type=int, default=1_251, help="fills so many tallies, 2 s each on one core")
+    parser.add_argument("--files", type=int, default=1_251, help="fills so many tallies, about 1 s each on one core")
     parser.add_argument("--folder", help="keeps the tallies here, and uses those that are there")
     parser.add_argument("--run", nargs="+", help=argparse.SUPPRESS)
     arguments = parser.parse_args()

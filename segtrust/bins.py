@@ -10,7 +10,6 @@ import numpy as np
 
 from segtrust.measures import binary_entropy
 
-OUTCOMES = ("TP", "FP", "FN", "TN")
 TP, FP, FN, TN = range(4)
 JOINT_BINS = 256
 CLIP = 1e-7  # of p, in every logarithm

@@ -20,7 +20,7 @@ from segtrust.patients import AGREEMENT_COLUMNS, CASE_COLUMNS
 from segtrust.pool import SCORE_STEP, HeldTally, Subset, pooled_metrics
 from segtrust.regions import REGIONS
 from segtrust.tally import ALL, DETERMINISTIC, PROBABILITY, Tally
-from segtrust.values import CLASS_PROBABILITY, COUNTS, RETENTION, TOP_LABEL, Key
+from segtrust.values import BRIEF_BINS, CLASS_PROBABILITY, COUNTS, RETENTION, TOP_LABEL, Key
 
 METRICS_SCHEMA = pa.schema(
     [
@@ -99,7 +99,6 @@ PREDICTED_VOLUME = "predicted_volume"
 
 # measures that a scale fitted for injected dropout multiplies
 SCALED_MEASURES = ("mutual_information", "variance")
-CONVERGENCE_BINS = (15,)
 
 # the score whose strata are tested; those of all others have an interval and no p
 PRIMARY = ("predicted_5mm_mean", "entropy")
@@ -970,7 +969,7 @@ def _convergence(evaluated):
 
 def _after(passes, evaluated):
     early = [source.early[passes] for source in evaluated.sources]
-    early = replace(evaluated, sources=early, passes=passes, n_bins=list(CONVERGENCE_BINS))
+    early = replace(evaluated, sources=early, passes=passes, n_bins=list(BRIEF_BINS))
     rows, whole = Rows(early), Subset(np.arange(len(early.sources)), early.draws)
     _voxel_metrics(rows, None, early, [whole], [], None)
     for place, region in enumerate(REGIONS):
