@@ -30,6 +30,10 @@ include: "workflow/rules/comparison.smk"
 include: "workflow/rules/report.smk"
 
 
+onstart:
+    remove_leftovers("results")
+
+
 onerror:
     print(STUDY.advice())
 

@@ -6,15 +6,15 @@ that only the first job needs PyTorch and MONAI.
 """
 
 import os
+import shutil
 from importlib.util import find_spec
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 import numpy as np
 
 from segtrust.draws import Layer, draw_masks, multipliers
 from segtrust.errors import SegtrustError
-from segtrust.files import read_json, write_json
+from segtrust.files import own_partial, read_json, remove_leftovers, write_json
 from segtrust.provenance import code_digest, settings_digest, versions
 
 # probabilities of both backends, on random masks
@@ -251,16 +251,18 @@ def export(stochastic, n_channels, window, path):
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    with TemporaryDirectory(dir=path.parent, prefix=".partial-") as folder:
-        own = Path(folder) / path.name
-        try:
-            about = _written(stochastic, n_channels, window, own)
-        except _Refused as refusal:
-            about = {"refusal": str(refusal)}
-        else:
-            for ending in (".bin", ".xml"):
-                os.replace(own.with_suffix(ending), path.with_suffix(ending))
-        write_json(_about(path), about)
+    remove_leftovers(path.parent, path.name)
+    folder = own_partial(path)
+    folder.mkdir()
+    try:
+        about = _written(stochastic, n_channels, window, folder / path.name)
+        for ending in (".bin", ".xml"):
+            os.replace((folder / path.name).with_suffix(ending), path.with_suffix(ending))
+    except _Refused as refusal:
+        about = {"refusal": str(refusal)}
+    finally:
+        shutil.rmtree(folder)
+    write_json(_about(path), about)
 
 
 class _Refused(SegtrustError):

@@ -1,7 +1,9 @@
 """Training cases: preprocessed scans with their labels in the same box."""
 
+import os
 from functools import cached_property
 
+from segtrust.errors import PatientError, Problems, of_patient
 from segtrust.preprocess import read_preprocessed
 from segtrust.volumes import read_reference
 
@@ -34,12 +36,35 @@ class Cases:
 
     @cached_property
     def _fits(self):
-        image, labels = read_case(*self._rows[0])
-        return len(self._rows) * (image.nbytes + labels.nbytes) < CACHED_BYTES
+        # preprocessed scans are not compressed, and labels are small beside them
+        return sum(os.path.getsize(scan) for scan, *_ in self._rows) < CACHED_BYTES
 
 
 def read_case(scan_path, reference_path, patient, coding):
     """Return (image float32 (4, x, y, z), canonical labels uint8 (x, y, z)) in the brain box."""
-    scan, _ = read_preprocessed(scan_path)
-    labels = read_reference(reference_path, coding, patient, scan.geometry).labels
+    scan, labels = read_with_reference(scan_path, reference_path, patient, coding)
     return scan.image, scan.geometry.to_canonical(labels)[scan.box]
+
+
+def read_with_reference(scan_path, reference_path, patient, coding):
+    """Return (Preprocessed, canonical labels uint8 (x, y, z) on the patient's own grid).
+
+    Raises PatientError, which names the patient and the files, where the reference cannot be used.
+    """
+    scan, _ = read_preprocessed(scan_path)
+    with of_patient(patient, [scan_path, reference_path], coding):
+        return scan, read_reference(reference_path, coding, patient, scan.geometry).labels
+
+
+def checked(*sequences):
+    """Return sequences of cases after reading every one; Problems names all that cannot be used."""
+    bad = []
+    for cases in sequences:
+        for index in range(len(cases)):
+            try:
+                cases[index]
+            except PatientError as error:
+                bad.append(error)
+    if bad:
+        raise Problems(bad)
+    return sequences

@@ -1,7 +1,12 @@
 """Reading and writing of result files: always under another name first, then renamed into place."""
 
+import hashlib
 import json
 import os
+import re
+import shutil
+import socket
+import time
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -10,23 +15,66 @@ import pyarrow.parquet as pq
 
 PROVENANCE_KEY = b"segtrust"
 
+_MACHINE = hashlib.sha256(socket.gethostname().encode()).hexdigest()[:6]
+_PARTIAL = re.compile(r"\.partial-(?P<machine>[0-9a-f]{6})-(?P<process>\d+)-(?P<name>.+)")
+# no writer pauses so long
+_ABANDONED_S = 3600
+
 
 @contextmanager
 def replacing(path):
     """Yield a path to write to; rename it to `path` when the block ends well, remove it otherwise.
 
     The temporary file stands beside the final one, so that the renaming is atomic, and keeps its ending, which
-    some writers need. A reader never sees half a file. Its name is always the same, so that what a killed job
-    left is written over by the next.
+    some writers need. A reader never sees half a file. Its name belongs to this process alone: a job that outlived
+    its Snakemake and the one that does its work again are not in each other's way. What killed jobs have left of the
+    same file is removed.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".partial-{path.name}")
+    remove_leftovers(path.parent, path.name)
+    partial = own_partial(path)
     try:
         yield partial
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def own_partial(path):
+    """Return the path beside `path` that this process writes to before it renames."""
+    return path.with_name(f".partial-{_MACHINE}-{os.getpid()}-{path.name}")
+
+
+def remove_leftovers(folder, name=None):
+    """Remove what killed processes have left in a folder of what they were writing.
+
+    name : of the file they were writing; None for every file, in the folders below as well
+
+    A leftover is of a process of this machine that has ended, or was not touched for an hour.
+    """
+    found = os.walk(folder) if name is None else [next(os.walk(folder))]
+    for place, folders, files in found:
+        for entry in [*folders, *files]:
+            match = _PARTIAL.fullmatch(entry)
+            path = Path(place, entry)
+            if match and name in (None, match["name"]) and _is_left(path, match["machine"], int(match["process"])):
+                shutil.rmtree(path) if entry in folders else path.unlink(missing_ok=True)
+
+
+def _is_left(path, machine, process):
+    if machine == _MACHINE:
+        try:
+            os.kill(process, 0)
+        except ProcessLookupError:
+            return True
+        except PermissionError:
+            return False
+        return False
+    try:
+        return time.time() - path.stat().st_mtime > _ABANDONED_S
+    except FileNotFoundError:
+        return False
 
 
 def canonical_json(value):

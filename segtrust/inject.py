@@ -6,17 +6,17 @@ quantification in neural networks, Information Sciences 645:119356, 2023, which 
 """
 
 import time
+from collections.abc import Sequence
 
 import numpy as np
 
+from segtrust.cases import read_with_reference
 from segtrust.errors import SegtrustError
 from segtrust.jobs import log_line
 from segtrust.masks import predicted_5mm
-from segtrust.preprocess import read_preprocessed
 from segtrust.regions import REGIONS, region_masks
 from segtrust.sample import sample
 from segtrust.sources import Source
-from segtrust.volumes import read_reference
 
 RATES = (0.01, 0.02, 0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5)  # tried for `rate: auto`
 MAX_DELTA_DICE = 0.01
@@ -29,11 +29,11 @@ def passes_fitted(config, model):
     return config["models"][model]["stochastic"].get("passes", config["sample"]["passes"])
 
 
-class Calibration:
-    """The patients of split calibration, read one at a time and anew whenever they are gone through.
+class Calibration(Sequence):
+    """The patients of split calibration, a sequence that reads each anew whenever it is asked for.
 
-    Yields (patient, Preprocessed, canonical labels uint8 (x, y, z) on the patient's own grid). Raises PatientError
-    where a reference cannot be used.
+    Its items are (patient, Preprocessed, canonical labels uint8 (x, y, z) on the patient's own grid). Raises
+    PatientError where a reference cannot be used.
 
     scans, references : lists of paths of preprocessed scans and of label files
     patients, codings : lists as long
@@ -45,10 +45,9 @@ class Calibration:
     def __len__(self):
         return len(self._rows)
 
-    def __iter__(self):
-        for scan_path, reference_path, patient, coding in self._rows:
-            scan, _ = read_preprocessed(scan_path)
-            yield patient, scan, read_reference(reference_path, coding, patient, scan.geometry).labels
+    def __getitem__(self, index):
+        scan, reference, patient, coding = self._rows[index]
+        return patient, *read_with_reference(scan, reference, patient, coding)
 
 
 def fit(cases, open_at, *, inject, passes, batch, sampling, log=log_line):

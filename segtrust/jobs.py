@@ -8,8 +8,8 @@ from pathlib import Path
 
 from threadpoolctl import threadpool_limits
 
-from segtrust.errors import PatientError, SegtrustError
-from segtrust.files import read_json, write_json
+from segtrust.errors import SegtrustError, patient_errors
+from segtrust.files import write_json
 
 
 @contextmanager
@@ -20,23 +20,24 @@ def job(snakemake, stage):
     stage : word of the stage
 
     Everything written to the file descriptors 1 and 2 goes to the job's log, the words of C libraries too. A
-    `SegtrustError` is shown without a traceback, in the log and to the caller, and ends the job; a `PatientError`
+    `SegtrustError` is shown without a traceback, in the log and to the caller, and ends the job; every `PatientError`
     also leaves a record in results/failed/, which `on_bad_patient: exclude` reads.
     """
     shown = _take_over_output(snakemake.log[0])
     started = time.monotonic()
-    record = _record_path(snakemake, stage)
     try:
         # libraries would start a thread per core of the node, whatever the job was given
         with threadpool_limits(snakemake.threads):
             yield
     except SegtrustError as error:
-        if record and isinstance(error, PatientError):
-            write_json(record, _failure(snakemake, stage, error))
+        for of_one in patient_errors(error):
+            failure = _failure(snakemake, stage, of_one)
+            write_json(_record_path(stage, failure["model"], failure["patient"]), failure)
         print(error, flush=True)
         os.write(shown, f"segtrust {stage}: {error}\n".encode())
         raise SystemExit(1) from None
-    _forget_failure(record, snakemake)
+    if patient := getattr(snakemake.wildcards, "patient", None):
+        _record_path(stage, getattr(snakemake.wildcards, "model", None), patient).unlink(missing_ok=True)
     print(f"{stage}: done in {time.monotonic() - started:.1f} s", flush=True)
 
 
@@ -56,19 +57,18 @@ def _take_over_output(path):
     return shown
 
 
-def _record_path(snakemake, stage):
-    patient = getattr(snakemake.wildcards, "patient", None)
-    return Path("results/failed") / stage / f"{patient}.json" if patient else None
+def _record_path(stage, model, patient):
+    return Path("results/failed", stage, model or "", f"{patient}.json")
 
 
 def _failure(snakemake, stage, error):
     return {
         "stage": stage,
-        "patient": snakemake.wildcards.patient,
+        "patient": error.patient or snakemake.wildcards.patient,
         "model": getattr(snakemake.wildcards, "model", None),
-        "coding": getattr(snakemake.params, "coding", None),
+        "coding": error.coding or getattr(snakemake.params, "coding", None),
         "reason": str(error),
-        "inputs": [input_state(path) for path in snakemake.input],
+        "inputs": [input_state(path) for path in error.files or snakemake.input],
     }
 
 
@@ -76,8 +76,3 @@ def input_state(path):
     """Return path, size and date of a file: what an excluded patient is watched by."""
     state = os.stat(path)
     return {"path": str(path), "size": state.st_size, "modified_ns": state.st_mtime_ns}
-
-
-def _forget_failure(record, snakemake):
-    if record and record.exists() and read_json(record)["model"] == getattr(snakemake.wildcards, "model", None):
-        record.unlink()

@@ -183,7 +183,7 @@ def _split_problems(patients, config):
 def _failures(patients, models):
     """Return why patients' content made jobs fail, a dict from id, where neither sheet nor files changed since."""
     failures = {}
-    for path in sorted(Path("results/failed").glob("*/*.json")):
+    for path in sorted(Path("results/failed").rglob("*.json")):
         record = read_json(path)
         patient = patients.get(record["patient"])
         if patient and _still_asked(record, patient, models) and all(_unchanged(state) for state in record["inputs"]):

@@ -1,9 +1,22 @@
 """Writing under another name, and provenance in tables."""
 
+import os
+import subprocess
+import sys
+import time
+
 import pyarrow as pa
 import pytest
 
-from segtrust.files import read_parquet, replacing, write_csv, write_json, write_parquet
+from segtrust.files import (
+    own_partial,
+    read_parquet,
+    remove_leftovers,
+    replacing,
+    write_csv,
+    write_json,
+    write_parquet,
+)
 
 
 def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path):
@@ -28,15 +41,61 @@ def test_the_partial_file_keeps_its_ending_and_its_folder(tmp_path):
         assert partial.parent == tmp_path / "new"
 
 
-def test_what_a_killed_job_left_is_written_over(tmp_path):
+@pytest.fixture
+def killed():
+    """The id of a process that was there and is no more."""
+    process = subprocess.Popen([sys.executable, "-c", ""])
+    process.wait()
+    return process.pid
+
+
+def partial_of(path, process):
+    """Return the path that a process of this machine writes to."""
+    own = own_partial(path)
+    return own.with_name(own.name.replace(f"-{os.getpid()}-", f"-{process}-"))
+
+
+def names(folder):
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_what_a_killed_job_left_is_removed_by_the_next(tmp_path, killed):
+    path, other = tmp_path / "table.txt", tmp_path / "other-table.txt"
+    for file in (path, other):
+        partial_of(file, killed).write_text("half")
+    write_json(path, 1)
+    assert names(tmp_path) == [partial_of(other, killed).name, "table.txt"]
+
+
+def test_what_a_running_job_writes_is_left_alone(tmp_path):
     path = tmp_path / "table.txt"
-    with replacing(path) as partial:
-        left = partial.name
-        partial.write_text("first")
-    (tmp_path / left).write_text("half")
-    with replacing(path) as partial:
-        partial.write_text("whole")
-    assert [file.name for file in tmp_path.iterdir()] == ["table.txt"]
+    theirs = partial_of(path, os.getppid())
+    theirs.write_text("half")
+    write_json(path, 1)
+    assert names(tmp_path) == [theirs.name, "table.txt"]
+
+
+def test_what_another_machine_writes_is_left_alone_for_an_hour(tmp_path, killed):
+    theirs = tmp_path / f".partial-abcdef-{killed}-table.txt"
+    theirs.write_text("half")
+    remove_leftovers(tmp_path)
+    assert theirs.exists()
+    long_ago = time.time() - 3601
+    os.utime(theirs, (long_ago, long_ago))
+    remove_leftovers(tmp_path)
+    assert not theirs.exists()
+
+
+def test_leftovers_of_all_folders_are_removed_together(tmp_path, killed):
+    results = tmp_path / "model" / "samples"
+    results.mkdir(parents=True)
+    partial_of(results / "a.safetensors", killed).write_text("half")
+    folder = partial_of(results / "trace.xml", killed)
+    folder.mkdir()
+    (folder / "trace.xml").write_text("half")
+    (results / "whole.safetensors").write_text("whole")
+    remove_leftovers(tmp_path)
+    assert names(results) == ["whole.safetensors"]
 
 
 def test_provenance_travels_with_a_table(tmp_path):

@@ -98,8 +98,8 @@ def test_a_failed_patient_comes_back_when_the_study_asks_for_something_else(fold
     paths = [f"data/p1/p1_{name}.nii.gz" for name in ("t1", "seg")]
     record = {"stage": "voxels", "patient": "p1", "model": "m", "coding": "brats2021", "reason": "bad"}
     record["inputs"] = [input_state(path) for path in paths]
-    (folder / "results/failed/voxels").mkdir(parents=True)
-    (folder / "results/failed/voxels/p1.json").write_text(json.dumps(record))
+    (folder / "results/failed/voxels/m").mkdir(parents=True)
+    (folder / "results/failed/voxels/m/p1.json").write_text(json.dumps(record))
     config = {"models": {"m": TRAINED}, "on_bad_patient": "exclude"}
     sheet = (folder / "patients.tsv").read_text().replace(str(folder) + "/", "")
     (folder / "patients.tsv").write_text(sheet)

@@ -9,7 +9,7 @@ from functools import cache
 
 from snakemake.exceptions import WorkflowError
 
-from segtrust.files import canonical_json
+from segtrust.files import canonical_json, remove_leftovers
 from segtrust.gather import companions, find_passes
 from segtrust.provenance import code_digest, file_digest
 from segtrust.sources import PATTERN as SOURCES

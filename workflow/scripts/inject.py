@@ -4,6 +4,7 @@ import json
 from functools import partial
 
 from segtrust.backends import open_backend
+from segtrust.cases import checked
 from segtrust.files import write_json
 from segtrust.inject import Calibration, fit, passes_fitted
 from segtrust.jobs import job, log_line
@@ -22,8 +23,9 @@ with job(snakemake, "inject"):
         cache=f"results/{snakemake.wildcards.model}/samples/.traced",
         log=log_line,
     )
+    (calibration,) = checked(Calibration(snakemake.input.scans, snakemake.input.references, **snakemake.params.cases))
     result = fit(
-        Calibration(snakemake.input.scans, snakemake.input.references, **snakemake.params.cases),
+        calibration,
         open_at,
         inject=settings["stochastic"]["inject"],
         passes=passes_fitted(snakemake.config, snakemake.wildcards.model),

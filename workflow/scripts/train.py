@@ -4,7 +4,7 @@ import json
 
 import torch
 
-from segtrust.cases import Cases
+from segtrust.cases import Cases, checked
 from segtrust.files import write_csv, write_parquet
 from segtrust.jobs import job
 from segtrust.networks import build, check_sampling
@@ -16,10 +16,14 @@ with job(snakemake, "train"):
     settings = json.loads(snakemake.params.settings)
     network = build(settings["network"], settings["seed"])
     check_sampling(snakemake.config["models"], snakemake.wildcards.model)
-    curve = train(
-        network,
+    training, validation = checked(
         Cases(snakemake.input.scans, snakemake.input.references, **snakemake.params.training),
         Cases(snakemake.input.validation_scans, snakemake.input.validation_references, **snakemake.params.validation),
+    )
+    curve = train(
+        network,
+        training,
+        validation,
         channels=settings["channels"],
         outputs=settings["outputs"],
         window=settings["window"],
