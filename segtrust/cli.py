@@ -12,6 +12,8 @@ from segtrust.config import ROOT
 from segtrust.errors import SegtrustError
 
 SPLITS = ("train", "validation", "calibration")
+# options with which Snakemake runs no job
+_ONLY_LOOKS = {"-n", "--dry-run", "--dryrun", "--unlock", "--summary", "--report", "--rulegraph", "--dag", "--lint"}
 
 
 def main(arguments=None):
@@ -79,6 +81,8 @@ def _init(options, _):
 
 
 def _run(options, rest):
+    from segtrust.runs import prepare
+
     # argparse would take the value of one of Snakemake's options for the study
     study, rest = (rest[0], rest[1:]) if rest and not rest[0].startswith("-") else (".", rest)
     study = _folder(study)
@@ -94,8 +98,17 @@ def _run(options, rest):
         *rest,
         *limits,
     ]
+    if not _ONLY_LOOKS.intersection(rest):
+        for line in prepare(study, unlock=lambda: _unlock(command)):
+            print(line, flush=True)
     print(shlex.join(command), flush=True)
     return subprocess.run(command, check=False).returncode
+
+
+def _unlock(command):
+    done = subprocess.run([*command, "--unlock"], capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise SegtrustError(f"Snakemake does not remove the lock of the study:\n{done.stdout}{done.stderr}")
 
 
 def _folder(study):

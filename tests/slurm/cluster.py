@@ -10,8 +10,9 @@ import signal
 import socket
 import subprocess
 import tempfile
-import time
 from pathlib import Path
+
+from brakes import wait_until
 
 PROGRAMS = {
     "munged": "munge",
@@ -107,15 +108,6 @@ def why_not():
         return "a SLURM of one's own needs root"
     missing = sorted({package for program, package in PROGRAMS.items() if not shutil.which(program, path=PATH)})
     return f"SLURM is not installed; on Debian: apt-get install {' '.join(missing)}" if missing else ""
-
-
-def wait_until(condition, what, timeout_s=60, every_s=0.2):
-    """Return the first true value of `condition()`; AssertionError that says `what` did not come about in time."""
-    until = time.monotonic() + timeout_s
-    while not (value := condition()):
-        assert time.monotonic() < until, f"{what}: not within {timeout_s} s"
-        time.sleep(every_s)
-    return value
 
 
 def processes_with(text):

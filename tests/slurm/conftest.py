@@ -12,11 +12,12 @@ from pathlib import Path
 
 import pytest
 import yaml
+from brakes import wait_until
 from conftest import write_patient, write_sheet
 
 from segtrust.config import ROOT
 
-from .cluster import ACCOUNT, PARTITION, Cluster, processes_with, wait_until, why_not
+from .cluster import ACCOUNT, PARTITION, Cluster, processes_with, why_not
 
 REPEAT = int(os.environ.get("SEGTRUST_REPEAT", "1"))
 REQUIRED = os.environ.get("SEGTRUST_REQUIRE") == "1"
@@ -102,11 +103,20 @@ class Study:
 
         site : what a user would write into the lines of the profile that are marked SITE
         """
+        command = ["-m", "snakemake", "--directory", str(self.folder), *arguments, *profile]
+        return self._started(command, site, environment)
+
+    def start_segtrust(self, *arguments, site=SITE, **environment):
+        """Start `segtrust run`, and return a `Run`."""
+        code = "from segtrust.cli import main; raise SystemExit(main())"
+        command = ["-c", code, "run", str(self.folder), "--profile", "slurm", *arguments]
+        return self._started(command, site, environment)
+
+    def _started(self, command, site, environment):
         words = self.folder / f"snakemake-{time.monotonic_ns()}.out"
-        command = [sys.executable, "-m", "snakemake", "--directory", str(self.folder), *arguments, *profile, *OPTIONS]
         with words.open("wb") as output:
             process = subprocess.Popen(
-                [*command, *site], cwd=ROOT, env={**self.cluster.environment, **environment},
+                [sys.executable, *command, *OPTIONS, *site], cwd=ROOT, env={**self.cluster.environment, **environment},
                 stdout=output, stderr=subprocess.STDOUT, start_new_session=True,
             )  # fmt: skip
         return Run(process, words)

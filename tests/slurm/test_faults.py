@@ -11,11 +11,9 @@ import re
 import signal
 import subprocess
 from contextlib import contextmanager
-from pathlib import Path
 
 import pytest
-
-from .cluster import wait_until
+from brakes import Brake, wait_until
 
 pytestmark = pytest.mark.slow
 
@@ -24,36 +22,6 @@ SAMPLES, MAPS = f"{MODEL}/samples/p3/member0_2-3.safetensors", f"{MODEL}/maps/p3
 VOXELS, TALLY = f"{MODEL}/voxels/p3.parquet", f"{MODEL}/tally/p3.parquet"
 EVERY_MAP = f"{MODEL}/maps/p3_*"
 COHORT = f"{MODEL}/cohort/*"
-
-
-class Brake:
-    """Hold a job just before it renames what it has written; it waits until `release`.
-
-    folder : where the brake's files lie
-    pattern : the results to hold, such as "*/maps/p3_*"
-    """
-
-    def __init__(self, folder, pattern):
-        self._file = Path(folder) / "brake"
-        self._file.write_text(pattern)
-        python_path = f"{Path(__file__).parent / 'brake'}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"
-        self.environment = {"SEGTRUST_TEST_BRAKE": str(self._file), "PYTHONPATH": python_path.rstrip(os.pathsep)}
-
-    def wait(self, run):
-        """Wait for the job, and return (its process id, Path of what it has written)."""
-
-        arrival = Path(f"{self._file}.arrived")
-
-        def arrived():
-            assert run.process.poll() is None, f"Snakemake has ended before the fault:\n{run.said()}"
-            return arrival.is_file() and arrival.read_text()
-
-        said = wait_until(arrived, "the job to be struck is in flight", timeout_s=120, every_s=0.05)
-        process, partial = said.split(" ", 1)
-        return int(process), Path(partial)
-
-    def release(self):
-        self._file.unlink()
 
 
 class Check:
@@ -147,6 +115,21 @@ def test_after_the_death_of_snakemake_unlock_and_one_command_finish_the_work(stu
     check.passed()
 
 
+def test_after_the_death_of_snakemake_segtrust_run_ends_its_jobs_and_finishes_the_work(study, undisturbed, tmp_path):
+    check = Check(study, undisturbed, VOXELS, TALLY)
+    brake = Brake(tmp_path, f"*{VOXELS}")
+    run = study.start_segtrust(TALLY, **brake.environment)
+    brake.wait(run)
+    job = in_flight(study)
+    os.killpg(run.process.pid, signal.SIGKILL)
+    run.process.wait(timeout=10)
+    said = study.start_segtrust(TALLY).finish()
+    assert f"Cancelling 1 SLURM job(s), which a dead run has left: {job}." in said
+    assert "Removing the lock" in said
+    assert states(study, run, "voxels") == ["CANCELLED"]
+    check.passed()
+
+
 def test_two_snakemakes_on_one_study_are_refused_and_the_first_goes_on(study, undisturbed, tmp_path):
     check = Check(study, undisturbed, TALLY)
     brake = Brake(tmp_path, f"*{TALLY}")
@@ -231,19 +214,7 @@ def test_a_job_over_its_time_comes_back_with_twice_as_much(study, undisturbed, t
 
 
 @pytest.mark.stress
-@pytest.mark.parametrize(
-    "ends_first",
-    [
-        "the old job",
-        pytest.param(
-            "the new run",
-            marks=pytest.mark.xfail(
-                strict=True,
-                reason="both write under one name; the old job misses its file, and its Snakemake removes the result",
-            ),
-        ),
-    ],
-)
+@pytest.mark.parametrize("ends_first", ["the old job", "the new run"])
 def test_a_job_that_outlives_its_snakemake_does_no_harm_to_the_next_run(study, undisturbed, tmp_path, ends_first):
     check = Check(study, undisturbed, VOXELS, TALLY)
     brake = Brake(tmp_path, f"*{VOXELS}")
