@@ -2,90 +2,28 @@
 
 import json
 import re
-import subprocess
-import sys
-from pathlib import Path
 
 import nibabel as nib
 import numpy as np
 import pandas as pd
 import pytest
-import yaml
-from conftest import draw_scan, save, write_patient, write_sheet
-from scipy.ndimage import gaussian_filter
+from conftest import draw_scan, save
 from sklearn.metrics import average_precision_score, brier_score_loss, log_loss, roc_auc_score
+from small_studies import GIVEN, N_PASSES, ONCE, TRAINED, changed, draw_study, planned, predicted, snakemake
 
-from segtrust.config import ROOT
 from segtrust.measures import binary_entropy
 from segtrust.patients import RESERVED_COLUMNS
 from segtrust.regions import REGIONS, canonical_labels, region_masks
 
 pytestmark = pytest.mark.slow
 
-TRAINED = {
-    "network": {"name": "UNet-Res", "channels": [4, 8], "strides": [2]},
-    "outputs": {"softmax": ["background", "NCR", "ED", "ET"]},
-    "train": {"iterations": 4, "batch": 1, "patch": [8, 8, 8], "validate_every": 2},
-}
-GIVEN = {"predictions": "given/{patient}_{pass}.nii.gz", "outputs": ["TC", "WT", "ET"]}
-ONCE = {"predictions": "once/{patient}.nii.gz", "outputs": ["TC", "WT", "ET"]}
-N_TEST, N_PASSES = 6, 3
-
-
-def predicted(seed, number):
-    """Return probabilities (3, x, y, z), order WT, TC, ET, near the truth of a patient; one pass."""
-    _, codes = draw_scan(seed)
-    truth = region_masks(canonical_labels(codes, "brats2021", "p", "f"))
-    smooth = np.stack([gaussian_filter(region.astype(np.float32), 1) for region in truth]).clip(1e-4, 1 - 1e-4)
-    generator = np.random.default_rng([seed, number])
-    logit = np.log(smooth / (1 - smooth)) + generator.normal(0, 0.7) + generator.normal(0, 0.7, smooth.shape)
-    return (1 / (1 + np.exp(-logit))).astype(np.float32)
-
-
-def write_prediction(path, probability):
-    return save(path, np.moveaxis(probability[[1, 0, 2]], 0, -1))
-
-
-def snakemake(study, *arguments, expect=0):
-    command = [sys.executable, "-m", "snakemake", "-s", str(ROOT / "Snakefile"), "--directory", str(study)]
-    command += ["--workflow-profile", str(ROOT / "profiles" / "local"), "--cores", "2", *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == expect, done.stdout + done.stderr
-    return done.stdout + done.stderr
-
-
-def planned(study, *arguments):
-    """Return {rule: number of jobs} of a dry run."""
-    output = snakemake(study, "-n", *arguments)
-    if "Nothing to be done" in output:
-        return {}
-    table = output.split("Job stats:")[1].split("total")[0]
-    return {rule: int(count) for rule, count in re.findall(r"^(\w+)\s+(\d+)$", table, flags=re.MULTILINE)}
-
-
-def changed(study, **sections):
-    """Return the option that runs a study with some sections of its configuration changed."""
-    config = yaml.safe_load((study / "config.yaml").read_text())
-    for name, value in sections.items():
-        config[name] = {**config.get(name, {}), **value} if isinstance(value, dict) else value
-    (study / "changed.yaml").write_text(yaml.safe_dump(config))
-    return "--configfile", str(study / "changed.yaml")
+N_TEST = 6
 
 
 def write_study(folder, models, n_test=N_TEST):
-    rows = []
-    for number, split in enumerate(["train", "train", "validation"] + ["test"] * n_test):
-        name = f"p{number}"
-        paths = write_patient(folder / "data", name, number, seg=number != 3 + n_test - 1)
-        relative = {column: str(Path(path).relative_to(folder)) for column, path in paths.items()}
-        rows.append({"patient": name, **relative, "split": split, "site": "A <b>"})
-        if split == "test":
-            for index in range(N_PASSES):
-                write_prediction(folder / "given" / f"{name}_{index}.nii.gz", predicted(number, index))
-            write_prediction(folder / "once" / f"{name}.nii.gz", predicted(number, 0))
-    write_sheet(folder / "patients.tsv", rows)
-    config = {"models": models, "sample": {"passes": 3, "device": "cpu"}, "cohort": {"resamples": 100}}
-    (folder / "config.yaml").write_text(yaml.safe_dump(config))
+    """Write a study whose last patient has no reference."""
+    splits = ["train", "train", "validation"] + ["test"] * n_test
+    draw_study(folder, models, splits, without_reference=[len(splits) - 1] if n_test else [])
 
 
 @pytest.fixture(scope="module")
