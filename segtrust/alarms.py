@@ -57,6 +57,15 @@ def channel_order(overlap, predicted, reference, model):
     return [alarm("channel_order", "error", model, None, message, value)]
 
 
+def partial(n, asked, model):
+    """Tell that patients are missing from the tables; n : those that are in them; asked : those that should be."""
+    message = (
+        f"These tables hold {n} of {asked} patients; missing.json says who is not in them, and why. If those who are "
+        "missing are the hard ones, every number here is too good. Finish the cohort before you report any."
+    )
+    return [alarm("partial", "error", model, None, message, {"n": n, "of": asked})]
+
+
 def class_order(classes, model):
     """Tell whether the model's classes seem to be in another order.
 

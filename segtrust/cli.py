@@ -55,6 +55,18 @@ def _parser():
         "study", metavar="STUDY", nargs="?", default=".", help="folder with config.yaml (default: here)"
     )
 
+    cohort = commands.add_parser("cohort", help="pool the patients that are finished, while others still fail")
+    cohort.add_argument("model", metavar="MODEL", help="name of a model in config.yaml")
+    cohort.add_argument(
+        "study", metavar="STUDY", nargs="?", default=".", help="folder with config.yaml (default: here)"
+    )
+    cohort.add_argument(
+        "--partial",
+        action="store_true",
+        required=True,
+        help="write to results/MODEL/cohort_partial, and say who is missing; whole cohorts are made by `segtrust run`",
+    )
+
     layers = commands.add_parser("layers", help="list the layers of a model's network, to inject dropout after")
     layers.add_argument("model", metavar="MODEL", help="name of a model in config.yaml; its weights need not exist")
     layers.add_argument(
@@ -145,6 +157,13 @@ def _status(options, _):
     return 0
 
 
+def _cohort(options, _):
+    from segtrust.partial import pool_finished
+
+    print(pool_finished(options.model, _folder(options.study)))
+    return 0
+
+
 def _phantom(options, _):
     from segtrust.phantoms import write_cohort
 
@@ -154,4 +173,11 @@ def _phantom(options, _):
     return 0
 
 
-_COMMANDS = {"init": _init, "run": _run, "status": _status, "layers": _layers, "phantom": _phantom}
+_COMMANDS = {
+    "init": _init,
+    "run": _run,
+    "status": _status,
+    "cohort": _cohort,
+    "layers": _layers,
+    "phantom": _phantom,
+}

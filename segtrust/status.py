@@ -40,8 +40,13 @@ def status(study):
     Raises SegtrustError with Snakemake's words where it cannot say.
     """
     jobs = jobs_of(summary(study))
-    judged = {job: _judged(study / job.log, states) for job, states in jobs.items()}
+    judged = judge(study, jobs)
     return "\n".join([*_table(judged), *_reasons(study, jobs, judged)])
+
+
+def judge(study, jobs):
+    """Return {Job: one of `STATES`}; jobs : from `jobs_of`."""
+    return {job: _judged(study / job.log, states) for job, states in jobs.items()}
 
 
 def summary(study):

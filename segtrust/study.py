@@ -91,7 +91,7 @@ class Study:
 
     def advice(self):
         """Say what to do about the patients whose content made jobs fail, as text."""
-        failed = _failures(self.patients, self.config["models"])
+        failed = failures(self.patients, self.config["models"])
         if not failed:
             return "A job failed; its log is named above. What is finished is kept: run the same command again."
         lines = [f"  {reason}" for reason in failed.values()]
@@ -130,7 +130,7 @@ def read_study(config, check_headers):
     bad = header_problems(patients.values()) if check_headers or exclude else {}
     left_out = {}
     if exclude:
-        left_out = {name: " ".join(messages) for name, messages in bad.items()} | _failures(patients, config["models"])
+        left_out = {name: " ".join(messages) for name, messages in bad.items()} | failures(patients, config["models"])
         bad = {}
     kept = {name: patient for name, patient in patients.items() if name not in left_out}
     problems = [message for messages in bad.values() for message in messages] + _split_problems(kept.values(), config)
@@ -180,15 +180,18 @@ def _split_problems(patients, config):
     return problems
 
 
-def _failures(patients, models):
-    """Return why patients' content made jobs fail, a dict from id, where neither sheet nor files changed since."""
-    failures = {}
+def failures(patients, models):
+    """Return why patients' content made jobs fail, a dict from id, where neither sheet nor files changed since.
+
+    patients : dict from id to Patient; models : `config["models"]`
+    """
+    found = {}
     for path in sorted(Path("results/failed").rglob("*.json")):
         record = read_json(path)
         patient = patients.get(record["patient"])
         if patient and _still_asked(record, patient, models) and all(_unchanged(state) for state in record["inputs"]):
-            failures[record["patient"]] = f"{record['stage']}: {record['reason']}"
-    return failures
+            found[record["patient"]] = f"{record['stage']}: {record['reason']}"
+    return found
 
 
 def _still_asked(record, patient, models):
