@@ -7,7 +7,7 @@ import nibabel as nib
 import numpy as np
 import pandas as pd
 import pytest
-from conftest import draw_scan, save
+from conftest import SHAPE, draw_scan, save
 from sklearn.metrics import average_precision_score, brier_score_loss, log_loss, roc_auc_score
 from small_studies import GIVEN, N_PASSES, ONCE, TRAINED, changed, draw_study, planned, predicted, snakemake
 
@@ -255,6 +255,22 @@ def test_a_damaged_patient_fails_alone_and_is_named(tmp_path):
     assert set(planned(tmp_path, *exclude)) == {"cohort", "report", "all"}
     snakemake(tmp_path, *exclude)
     assert "p4_t2.nii.gz" in (tmp_path / "results/report/index.html").read_text()
+
+
+def test_all_bad_patients_of_a_training_are_named_and_can_be_left_out(tmp_path):
+    draw_study(tmp_path, {"trained": TRAINED}, ["train", "train", "train", "validation", "test"])
+    for patient in ("p0", "p3"):
+        save(tmp_path / f"data/{patient}/{patient}_seg.nii.gz", np.full(SHAPE, 7, np.uint8))
+    output = snakemake(tmp_path, expect=1)
+    assert "p0: seg has code 7" in output
+    assert "p3: seg has code 7" in output
+    assert "2 patient(s) could not be used" in output
+    exclude = changed(tmp_path, on_bad_patient="exclude")
+    assert planned(tmp_path, *exclude)["train"] == 1
+    listed = snakemake(tmp_path, "-n", *exclude)
+    assert "p1_seg" in listed
+    assert "p0_seg" not in listed
+    assert "p3_seg" not in listed
 
 
 def test_a_study_without_any_reference_gives_maps_and_a_report_that_says_so(tmp_path):

@@ -21,7 +21,7 @@ from .cluster import ACCOUNT, PARTITION, Cluster, processes_with, why_not
 
 REPEAT = int(os.environ.get("SEGTRUST_REPEAT", "1"))
 REQUIRED = os.environ.get("SEGTRUST_REQUIRE") == "1"
-RUN_S = 240
+RUN_S = 480
 SPLITS = {"p0": "train", "p1": "validation", "p2": "test", "p3": "test"}
 MODEL = {
     "network": {"name": "UNet-Res", "channels": [4, 8], "strides": [2]},

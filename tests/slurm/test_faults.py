@@ -190,8 +190,11 @@ def test_a_full_disk_leaves_no_result_and_one_command_finishes_when_there_is_roo
 
 @contextmanager
 def small_disk(folder, size):
-    """Put a disk of a given size in the place of a folder; needs root."""
-    subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", folder], check=True, timeout=10)
+    """Put a disk of a given size in the place of a folder; skips where mounting is not allowed."""
+    mount = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", folder]
+    done = subprocess.run(mount, capture_output=True, text=True, timeout=10, check=False)
+    if done.returncode:
+        pytest.skip(f"a small disk needs the privilege to mount one: {done.stderr.strip()}")
     # Snakemake removes folders that a failed job leaves empty, which a disk's own cannot be
     (folder / "other").touch()
     try:
