@@ -356,11 +356,12 @@ def _read_model(results, name, sheet):
 
 
 def read_failures(results):
-    """Return a dict from patient to the reasons of its failures, from `failed/<stage>/<patient>.json`."""
+    """Return a dict from patient to the reasons of its failures, from the records under `failed/`."""
     failures = {}
-    for path in sorted((Path(results) / "failed").glob("*/*.json")):
-        reason = read_json(path).get("reason", "no reason was written")
-        failures.setdefault(path.stem, []).append(f"{path.parent.name}: {reason}")
+    for path in sorted((Path(results) / "failed").rglob("*.json")):
+        record = read_json(path)
+        of_model = f" of {record['model']}" if record.get("model") else ""
+        failures.setdefault(record["patient"], []).append(f"{record['stage']}{of_model}: {record['reason']}")
     return failures
 
 

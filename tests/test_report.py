@@ -319,7 +319,8 @@ def whole(tmp_path_factory):
     results, sheet, tables = draw_cohort(
         tmp_path_factory.mktemp("whole"), models=models, alarms=alarms, missing={"UNet": ("ET",)}
     )
-    write_json(results / "failed" / "sample" / "BraTS2021_x.json", {"reason": EVIL})
+    failure = {"stage": "sample", "model": "UNet", "patient": "BraTS2021_x", "reason": EVIL}
+    write_json(results / "failed" / "sample" / "UNet" / "BraTS2021_x.json", failure)
     sheet += [person(EVIL, None), person("BraTS2021_x", "seg.nii.gz")]
     return written(results, sheet, models), results / "report", tables
 
