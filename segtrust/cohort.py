@@ -13,79 +13,15 @@ import pyarrow as pa
 
 from segtrust import alarms, intervals, metrics, strata
 from segtrust.bins import score_of_coarse
-from segtrust.errors import Problems, SegtrustError
-from segtrust.masks import BANDS, CONDITIONAL_ON_REFERENCE, DEPENDS_ON_MODEL, MASKS
+from segtrust.errors import SegtrustError
+from segtrust.masks import BANDS, MASKS
 from segtrust.measures import ENTROPY_4CLASS, MEASURES, MEMBER_MEASURES, OWN_ERRORS
 from segtrust.patients import AGREEMENT_COLUMNS, CASE_COLUMNS
 from segtrust.pool import SCORE_STEP, HeldTally, Subset, pooled_metrics
 from segtrust.regions import REGIONS
+from segtrust.rows import SCALED_MEASURES, STRATA_SCHEMA, Curves, Rows, without_nan
 from segtrust.tally import ALL, DETERMINISTIC, PROBABILITY, Tally
 from segtrust.values import BRIEF_BINS, CLASS_PROBABILITY, COUNTS, RETENTION, TOP_LABEL, Key
-
-METRICS_SCHEMA = pa.schema(
-    [
-        ("model", pa.string()),
-        ("reference_model", pa.string()),
-        ("passes", pa.int64()),
-        ("group", pa.string()),
-        ("group_value", pa.string()),
-        ("region", pa.string()),
-        ("mask", pa.string()),
-        ("measure", pa.string()),
-        ("aggregation", pa.string()),
-        ("metric", pa.string()),
-        ("n_bins", pa.int64()),
-        ("pooling", pa.string()),
-        ("recalibration", pa.string()),
-        ("value", pa.float64()),
-        ("ci_low", pa.float64()),
-        ("ci_high", pa.float64()),
-        ("interval", pa.string()),
-        ("bias", pa.float64()),
-        ("p_value", pa.float64()),
-        ("p_value_holm", pa.float64()),
-        ("n_cases", pa.int64()),
-        ("n_voxels", pa.int64()),
-        ("conditional_on_reference", pa.bool_()),
-        ("mask_depends_on_model", pa.bool_()),
-    ]
-)
-STRATA_SCHEMA = pa.schema(
-    [
-        ("model", pa.string()),
-        ("region", pa.string()),
-        ("measure", pa.string()),
-        ("aggregation", pa.string()),
-        ("scheme", pa.string()),
-        ("stratum", pa.string()),
-        ("cutoff_source", pa.string()),
-        ("n_cases", pa.int64()),
-        ("median_dice", pa.float64()),
-        ("ci_low", pa.float64()),
-        ("ci_high", pa.float64()),
-        ("score_low", pa.float64()),
-        ("score_high", pa.float64()),
-        ("group", pa.string()),
-        ("group_value", pa.string()),
-    ]
-)
-CURVES_SCHEMA = pa.schema(
-    [
-        ("model", pa.string()),
-        ("curve", pa.string()),
-        ("region", pa.string()),
-        ("mask", pa.string()),
-        ("measure", pa.string()),
-        ("pooling", pa.string()),
-        ("n_bins", pa.int64()),
-        ("point", pa.int64()),
-        ("x", pa.float64()),
-        ("y", pa.float64()),
-        ("low", pa.float64()),
-        ("high", pa.float64()),
-        ("n", pa.int64()),
-    ]
-)
 
 # score of a patient: aggregation -> (mask, what becomes of the voxels' sum)
 AGGREGATIONS = {
@@ -97,9 +33,6 @@ CASE = "case"  # aggregation of scores that belong to the case as a whole
 PAIRWISE_DICE = "pairwise_dice"
 PREDICTED_VOLUME = "predicted_volume"
 
-# measures that a scale fitted for injected dropout multiplies
-SCALED_MEASURES = ("mutual_information", "variance")
-
 # the score whose strata are tested; those of all others have an interval and no p
 PRIMARY = ("predicted_5mm_mean", "entropy")
 # a column of the sheet makes groups when it has at most so many values
@@ -107,7 +40,6 @@ MOST_GROUPS = 12
 LEAST_CASES_OF_GROUP = 10
 TOO_SMALL = f"none: fewer than {LEAST_CASES_OF_GROUP} cases in the group"
 
-AGREEING = ("preprocess", "model", "voxels", "tally")
 LEAST_PASSES_FOR_VOLUMES = 19
 CURVE_POINTS = 101
 
@@ -207,7 +139,7 @@ def cohort(
     )
     fitting = [sources[k] for k in fitting]
     subsets = _subsets(evaluated, groups, n_resamples, seed)
-    rows, curves = Rows(evaluated), _Curves(model)
+    rows, curves = Rows(evaluated), Curves(model)
     tables = {region: cases_of(evaluated.sources, region) for region in REGIONS}
     of_calibration = {region: cases_of(fitting, region)["scores"] for region in REGIONS}
     found = _voxel_metrics(rows, curves, evaluated, subsets, fitting, tables)
@@ -233,7 +165,7 @@ def cohort(
     return {
         "metrics": pa.concat_tables([rows.table(), *_convergence(evaluated)]).combine_chunks(),
         "patients": _patients_table(evaluated, tables, scales),
-        "strata": pa.Table.from_pylist(_without_nan(stratum_rows), schema=STRATA_SCHEMA),
+        "strata": pa.Table.from_pylist(without_nan(stratum_rows), schema=STRATA_SCHEMA),
         "curves": curves.table(),
         "alarms": found + _alarms(evaluated, tables),
     }
@@ -263,132 +195,6 @@ def _subsets(evaluated, groups, n_resamples, seed):
             draws = intervals.draw(patients["subject"].iloc[cases], n_resamples, stream) if enough else None
             subsets.append(Subset(cases, draws, name, value))
     return subsets
-
-
-def check_agreement(provenances):
-    """Raise Problems when results of several patients were made differently and may not be pooled.
-
-    provenances : {patient: provenance}; the flat dicts under its keys `AGREEING` have to agree. Every key that
-    differs is named with its values and patients.
-    """
-    problems = []
-    for part in AGREEING:
-        held = {name: provenance.get(part, {}) for name, provenance in provenances.items()}
-        for key in sorted(set().union(*held.values())):
-            who = defaultdict(list)
-            for name in sorted(held):
-                who[str(held[name].get(key, "nothing"))].append(name)
-            if len(who) > 1:
-                groups = sorted(who.items(), key=lambda group: (-len(group[1]), group[0]))
-                problems.append(
-                    f"{part} {key}: "
-                    + "; ".join(f"{value} in {alarms.listed(names)}" for value, names in groups)
-                    + ". Make the smaller group again with the settings of the larger one."
-                )
-    if problems:
-        raise Problems(problems)
-
-
-# --- rows ---------------------------------------------------------------------------------------------------------
-
-
-class Rows:
-    """Rows of the table `metrics`."""
-
-    def __init__(self, evaluated):
-        self._rows = []
-        self._common = {"model": evaluated.model, "passes": evaluated.passes, "recalibration": "none"}
-
-    def add(self, metric, value, interval, n_cases, *, region, pooling, mask=None, n_voxels=None, **more):
-        """Append a row; more : further columns, null where not given."""
-        self._rows.append(
-            self._common
-            | {
-                "region": region,
-                "mask": mask,
-                "metric": metric,
-                "pooling": pooling,
-                "value": float(value),
-                "ci_low": float(interval.low),
-                "ci_high": float(interval.high),
-                "interval": str(interval.label),
-                "bias": float(interval.bias),
-                "n_cases": int(n_cases),
-                "n_voxels": None if n_voxels is None else int(n_voxels),
-                "conditional_on_reference": None if mask is None else mask in CONDITIONAL_ON_REFERENCE or mask in BANDS,
-                "mask_depends_on_model": None if mask is None else mask in DEPENDS_ON_MODEL,
-            }
-            | more
-        )
-
-    def add_scaled(self, scales):
-        """Append the rows on masks of the scaled measures; scales : as of `cohort`.
-
-        A positive factor moves the mean alone: ranks and correlations stay as they are.
-        """
-        numbers = ("value", "ci_low", "ci_high", "bias")
-        for row in [row for row in self._rows if row.get("measure") in SCALED_MEASURES and row["mask"] is not None]:
-            scaled, factor = row | {"measure": f"{row['measure']}_scaled"}, scales[row["region"]]
-            if not factor:
-                scaled |= {**dict.fromkeys(numbers, np.nan), "n_cases": 0, "interval": "none: no scale could be fitted"}
-            elif row["metric"] in ("mean_uncertainty", "ue_dice_threshold"):
-                scaled |= {name: factor * row[name] for name in numbers}
-            self._rows.append(scaled)
-
-    def table(self):
-        return pa.Table.from_pylist(_without_nan(self._rows), schema=METRICS_SCHEMA)
-
-
-class _Curves:
-    """Rows of the table `curves`."""
-
-    def __init__(self, model):
-        self._model = model
-        self._parts = []
-
-    def add(
-        self,
-        curve,
-        x,
-        y,
-        *,
-        region,
-        mask=None,
-        measure=None,
-        pooling,
-        n_bins=None,
-        low=None,
-        high=None,
-        n=None,
-    ):
-        """Append the points of a curve; x, y, and where given low, high, n : (n_points,)."""
-        count = len(x)
-        columns = {
-            "model": self._model,
-            "curve": curve,
-            "region": region,
-            "mask": mask,
-            "measure": measure,
-            "pooling": pooling,
-            "n_bins": n_bins,
-        }
-        columns = {name: pa.array([value] * count, CURVES_SCHEMA.field(name).type) for name, value in columns.items()}
-        columns["point"] = pa.array(np.arange(count))
-        for name, values in {"x": x, "y": y, "low": low, "high": high}.items():
-            values = np.full(count, np.nan) if values is None else np.asarray(values, np.float64)
-            columns[name] = pa.array(values, from_pandas=True)
-        columns["n"] = pa.nulls(count, pa.int64()) if n is None else pa.array(np.asarray(n, np.int64))
-        self._parts.append(pa.table(columns, schema=CURVES_SCHEMA))
-
-    def table(self):
-        return pa.concat_tables(self._parts).combine_chunks()
-
-
-def _without_nan(rows):
-    return [
-        {key: None if isinstance(value, float) and np.isnan(value) else value for key, value in row.items()}
-        for row in rows
-    ]
 
 
 def _add_patient_means(rows, evaluated, values, ranges, n_voxels, **keys):

@@ -19,20 +19,17 @@ from segtrust import intervals, metrics, paired, strata
 from segtrust.cohort import (
     PRIMARY,
     SEGMENTATION_RANGES,
-    Rows,
     cases_of,
-    check_agreement,
     range_of,
     studentised,
     values_table,
 )
-from segtrust.errors import Problems, SegtrustError, raise_if_any
-from segtrust.files import write_csv, write_parquet
+from segtrust.errors import SegtrustError, raise_if_any
 from segtrust.jobs import log_line
 from segtrust.patients import AGREEMENT_COLUMNS
 from segtrust.pool import HeldTally, Subset, pooled_metrics
 from segtrust.regions import REGIONS
-from segtrust.tables import read_tallies
+from segtrust.rows import Rows
 from segtrust.tally import PROBABILITY, Tally
 from segtrust.values import COUNTS, Key
 
@@ -41,8 +38,6 @@ N_BINS = 15  # of the calibration error that is tested
 # differences of pooled metrics that are closer than this differ by rounding: resamples are in single precision
 POOLED_SLACK, MEDIAN_SLACK = 1e-6, 1e-12
 ROWS_AT_ONCE = 500  # resamples of strata
-# what has to be the same for all models; the model itself differs
-AGREEING = ("preprocess", "voxels", "tally")
 
 
 class _Model:
@@ -451,41 +446,3 @@ def _triage(rows, region):
     if triage.in_sample:
         interval = interval._replace(label=f"{interval.label}; in_sample cut-offs")
     rows.add(triage.key, "patient_level", value, interval, triage.scored.sum(), aggregation=PRIMARY[0])
-
-
-# --- files --------------------------------------------------------------------------------------------------
-
-
-def read_models(paths, models, rows):
-    """Read the tallies of several models.
-
-    paths : files of tallies, one per model and patient, model after model
-    models : names, in the order of the paths
-    rows : list of dicts, the patients' rows of the sheet in the order of the paths, as of `tables.read_tallies`
-
-    Returns ({name: (list of StoredTally, DataFrame of the patients)}, {name: provenance of the model's tallies}).
-    Raises Problems where tallies of one model disagree, or models were evaluated with other code or settings.
-    """
-    held, provenances, problems = {}, {}, []
-    for number, name in enumerate(models):
-        own = paths[number * len(rows) : (number + 1) * len(rows)]
-        try:
-            tallies, patients, provenances[name] = read_tallies(own, rows)
-        except Problems as error:
-            problems += [f"{name}: {problem}" for problem in error.problems]
-        else:
-            held[name] = tallies, patients
-    try:
-        check_agreement(
-            {name: {part: provenance.get(part, {}) for part in AGREEING} for name, provenance in provenances.items()}
-        )
-    except Problems as error:
-        problems += error.problems
-    raise_if_any(problems)
-    return held, provenances
-
-
-def write_comparison(paths, table, provenance):
-    """Write a comparison; paths : object with the attributes metrics and metrics_csv."""
-    write_parquet(paths.metrics, table, provenance)
-    write_csv(paths.metrics_csv, table)

@@ -24,9 +24,6 @@ MEMBER_MEASURES = (BETWEEN_MEMBERS, WITHIN_MEMBERS)
 OWN_ERRORS = "deterministic_entropy_own"
 ENTROPY_4CLASS = "entropy_4class"
 
-NEEDS_SEVERAL_PASSES = {"mutual_information", "variance"}
-NEEDS_DETERMINISTIC = {"deterministic_entropy", OWN_ERRORS}
-BASELINES = {"deterministic_entropy", OWN_ERRORS, "boundary_proximity"}
 
 _LN2 = np.log(2.0)
 _LOG_ZERO = -1e4  # far below the logarithm of the smallest number, and zero times it is zero

@@ -17,7 +17,6 @@ from segtrust import intervals
 
 SCHEMES = {"quartiles": 4, "halves": 2}
 STRATA = {"quartiles": ("Q1", "Q2", "Q3", "Q4"), "halves": ("H1", "H2")}
-MISSING = ("missing_region", "missing_region_missed", "missing_region_absent")
 LEAST_CASES_FOR_QUARTILES = 8
 N_PERMUTATIONS = 9_999
 MISSING_LAST = "_missing_last"

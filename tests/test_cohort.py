@@ -8,12 +8,8 @@ from test_voxels import member_entropy
 
 from segtrust import metrics
 from segtrust.cohort import (
-    CURVES_SCHEMA,
-    METRICS_SCHEMA,
-    STRATA_SCHEMA,
     _volume_quantiles,
     cases_of,
-    check_agreement,
     cohort,
 )
 from segtrust.errors import Problems, SegtrustError
@@ -21,7 +17,8 @@ from segtrust.files import write_json
 from segtrust.masks import BANDS, CONDITIONAL_ON_REFERENCE, MASKS
 from segtrust.measures import MEASURES, binary_entropy
 from segtrust.pool import HeldTally
-from segtrust.tables import read_scales
+from segtrust.rows import CURVES_SCHEMA, METRICS_SCHEMA, STRATA_SCHEMA
+from segtrust.tables import check_agreement, read_scales
 from segtrust.tally import Tally, pooled
 from segtrust.voxels import voxels
 

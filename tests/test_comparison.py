@@ -11,13 +11,15 @@ from scipy import stats
 from test_cohort import sheet, tally_of
 
 from segtrust import metrics, paired, pool, strata
-from segtrust.cohort import METRICS_SCHEMA, PRIMARY
-from segtrust.comparison import _Model, _Pair, _Triage, comparison, read_models, write_comparison
+from segtrust.cohort import PRIMARY
+from segtrust.comparison import _Model, _Pair, _Triage, comparison
 from segtrust.errors import Problems, SegtrustError
 from segtrust.files import read_parquet
 from segtrust.intervals import draw, expanded_percentile
 from segtrust.pool import HeldTally
 from segtrust.regions import REGIONS
+from segtrust.rows import METRICS_SCHEMA
+from segtrust.tables import read_tallies_of_models, write_comparison
 from segtrust.tally import pooled
 from segtrust.values import Key, to_text
 
@@ -389,7 +391,7 @@ def write_tallies(folder, changes):
     rows = [
         {"patient": name, "subject": name, "split": "test", "coding": "x", "extra": {}} for name in ("p000", "p001")
     ]
-    return read_models(paths, ["a", "b"], rows)
+    return read_tallies_of_models(paths, ["a", "b"], rows)
 
 
 def test_tallies_are_read_model_by_model(tmp_path):

@@ -10,7 +10,7 @@ import pyarrow as pa
 import pytest
 
 from segtrust import figures, report
-from segtrust.cohort import AGGREGATIONS, CURVES_SCHEMA, METRICS_SCHEMA, STRATA_SCHEMA
+from segtrust.cohort import AGGREGATIONS
 from segtrust.errors import SegtrustError
 from segtrust.files import write_json, write_parquet
 from segtrust.measures import BETWEEN_MEMBERS, WITHIN_MEMBERS
@@ -18,6 +18,7 @@ from segtrust.patients import Patient
 from segtrust.preprocess import preprocess, write_preprocessed
 from segtrust.regions import REGIONS, codes_of, overlay
 from segtrust.report import Cell, number, verdict
+from segtrust.rows import CURVES_SCHEMA, METRICS_SCHEMA, STRATA_SCHEMA
 from segtrust.volumes import Geometry, write_volume
 
 SETTINGS = {"title": "Can the confidence be trusted?", "background": "t1ce", "n_bins": 15}
