@@ -19,6 +19,7 @@ from segtrust import figures
 from segtrust.errors import SegtrustError, raise_if_any
 from segtrust.files import read_json, read_parquet, replacing, write_csv
 from segtrust.measures import BETWEEN_MEMBERS, WITHIN_MEMBERS
+from segtrust.methods import methods
 from segtrust.preprocess import MODALITIES, read_preprocessed
 from segtrust.regions import REGIONS, region_masks
 from segtrust.volumes import read_reference
@@ -276,6 +277,8 @@ def report(models, results, folder, settings, sheet, excluded=None, sources=None
     sections = [
         {**_section(run, results, folder, settings, sheet, reasons), "sources": said.get(run.name)} for run in runs
     ]
+    evaluated = [run for run in runs if run.evaluated]
+    paragraphs, works = methods(evaluated, sheet, said, settings["n_bins"])
     page = (
         _environment()
         .get_template("index.html")
@@ -285,6 +288,8 @@ def report(models, results, folder, settings, sheet, excluded=None, sources=None
             alarms=sort_alarms([alarm for run in runs for alarm in run.alarms]),
             settings=settings,
             rules=verdict_rules(),
+            methods=paragraphs,
+            works=works,
             colours=figures.REGION_COLOURS,
             regions=REGIONS,
             shown_from=figures.ENTROPY_SHOWN_FROM,

@@ -243,7 +243,12 @@ def draw_cohort(
         tables[model] = metrics
         written = {"metrics": metrics, "patients": patients, "strata": strata_table(model, patients)}
         written["curves"] = curves_table(model, gone)
-        provenance = {"settings": "5f2c" * 16, "seed": 1, "versions": {"segtrust": "0.1", "torch": "2.13"}}
+        provenance = {
+            "settings": "5f2c" * 16,
+            "seed": 1,
+            "versions": {"segtrust": "0.1", "torch": "2.13"},
+            "cohort": {"n_resamples": 2000, "failure_dice": 0.8},
+        }
         for name, table in written.items():
             rows = pa.Table.from_pandas(table, preserve_index=False)
             write_parquet(results / model / "cohort" / f"{name}.parquet", rows, provenance)
