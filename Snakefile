@@ -41,7 +41,7 @@ onerror:
 rule all:
     default_target: True
     input:
-        every_map(),
-        every_cohort(),
-        every_comparison(),
+        every_map,
+        every_cohort,
+        every_comparison,
         "results/report/index.html",

@@ -138,7 +138,9 @@ def read_study(config, check_headers):
     try:
         models = read_models(config)
         sampled = [name for name, patient in kept.items() if patient.split in SAMPLED_SPLITS]
-        passes = {name: passes_of(model, sampled, config["sample"]["passes"]) for name, model in models.items()}
+        # all patients have equally many passes: who has checked that once need not look for everybody's files again
+        counted = sampled if check_headers else sampled[:1]
+        passes = {name: passes_of(model, counted, config["sample"]["passes"]) for name, model in models.items()}
     except Problems as error:
         problems += error.problems
     study = Study(config, kept, models, passes, left_out)

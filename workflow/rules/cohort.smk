@@ -9,7 +9,7 @@ out:  results/{model}/cohort/{metrics,patients,strata}.parquet (+ .csv), curves.
 rule cohort:
     input:
         unpack(scale_of),
-        tallies=expand("results/{{model}}/tally/{patient}.parquet", patient=STUDY.evaluated),
+        tallies=tallies_of,
     output:
         metrics="results/{model}/cohort/metrics.parquet",
         metrics_csv="results/{model}/cohort/metrics.csv",
@@ -31,7 +31,7 @@ rule cohort:
         runtime=lambda wildcards, attempt: 60 * attempt,
     params:
         settings=STUDY.cohort_settings(),
-        patients=STUDY.rows(STUDY.evaluated),
+        patients=evaluated_rows,
         code=code("cohort"),
     script:
         "../scripts/cohort.py"

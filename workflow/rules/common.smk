@@ -1,11 +1,14 @@
 """The study: its checked configuration and patients, and what rules ask about them.
 
+Every job on a cluster reads this again, for itself alone: what depends on all patients, or on the code of a stage, is a
+function that is called only where such a job is planned.
+
 in:   config.yaml, patients.tsv
 """
 
 import os
 import re
-from functools import cache
+from functools import cache, partial
 
 from snakemake.exceptions import WorkflowError
 
@@ -30,7 +33,13 @@ wildcard_constraints:
 
 
 def code(stage):
-    return code_digest(f"{SCRIPTS}/{stage}.py")
+    """Return the function of wildcards that gives the digest of a stage's code; it is computed once."""
+    digest = cache(partial(code_digest, f"{SCRIPTS}/{stage}.py"))
+
+    def code_of(wildcards):
+        return digest()
+
+    return code_of
 
 
 def model_of(wildcards):
@@ -59,7 +68,7 @@ def with_sizes(files):
     return canonical_json({column: [path, os.path.getsize(path)] for column, path in files.items()})
 
 
-def every_map():
+def every_map(wildcards):
     return expand(
         "results/{model}/maps/{patient}_{map}.nii.gz",
         model=STUDY.models,
@@ -68,12 +77,12 @@ def every_map():
     )
 
 
-def every_cohort():
+def every_cohort(wildcards):
     models = STUDY.models if STUDY.has_cohort else []
     return expand("results/{model}/cohort/metrics.parquet", model=models)
 
 
-def every_comparison():
+def every_comparison(wildcards):
     """Return the comparison of the models; there is none of a single model, nor without a cohort."""
     return ["results/comparison/metrics.parquet"] if STUDY.has_cohort and len(STUDY.models) > 1 else []
 
@@ -195,6 +204,26 @@ def scale_of(wildcards):
     """Return the file of the scales of uncertainty, which are fitted where dropout is injected."""
     fitted = model_of(wildcards).inject and STUDY.fitting
     return {"rate": f"results/{wildcards.model}/inject/rate.json"} if fitted else {}
+
+
+def tallies_of(wildcards):
+    return expand("results/{model}/tally/{patient}.parquet", model=wildcards.model, patient=STUDY.evaluated)
+
+
+def tallies_of_models(wildcards):
+    return expand("results/{model}/tally/{patient}.parquet", model=STUDY.models, patient=STUDY.evaluated)
+
+
+def sampled_scans(wildcards):
+    return expand("results/preprocessed/{patient}.safetensors", patient=STUDY.sampled)
+
+
+def evaluated_rows(wildcards):
+    return STUDY.rows(STUDY.evaluated)
+
+
+def sampled_rows(wildcards):
+    return STUDY.rows(STUDY.sampled)
 
 
 def sources_of_models():

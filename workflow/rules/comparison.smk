@@ -7,7 +7,7 @@ out:  results/comparison/metrics.parquet (+ .csv)
 
 rule comparison:
     input:
-        tallies=expand("results/{model}/tally/{patient}.parquet", model=STUDY.models, patient=STUDY.evaluated),
+        tallies=tallies_of_models,
     output:
         metrics="results/comparison/metrics.parquet",
         metrics_csv="results/comparison/metrics.csv",
@@ -23,7 +23,7 @@ rule comparison:
         runtime=lambda wildcards, attempt: 60 * len(STUDY.models) * attempt,
     params:
         settings=STUDY.comparison_settings(),
-        patients=STUDY.rows(STUDY.evaluated),
+        patients=evaluated_rows,
         models=list(STUDY.models),
         code=code("comparison"),
     script:

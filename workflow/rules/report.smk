@@ -7,9 +7,9 @@ out:  results/report/index.html, figures/ and tables/ beside it
 
 rule report:
     input:
-        cohorts=every_cohort(),
-        maps=every_map(),
-        scans=expand("results/preprocessed/{patient}.safetensors", patient=STUDY.sampled),
+        cohorts=every_cohort,
+        maps=every_map,
+        scans=sampled_scans,
     output:
         report="results/report/index.html",
     log:
@@ -24,7 +24,7 @@ rule report:
     params:
         settings=STUDY.settings("report"),
         models=list(STUDY.models),
-        patients=STUDY.rows(STUDY.sampled),
+        patients=sampled_rows,
         left_out=canonical_json(STUDY.not_evaluated),
         sources=sources_of_models(),
         code=code("report"),
