@@ -63,7 +63,21 @@ def _without_docstrings(path):
             text = first.value if isinstance(first, ast.Expr) else None
             if isinstance(text, ast.Constant) and isinstance(text.value, str):
                 node.body = node.body[1:] or [ast.Pass()]
-    return ast.unparse(tree)
+    return _text(tree)
+
+
+def _text(node):
+    """Return a syntax tree, or part of one, as text that is the same under every version of Python.
+
+    `ast.dump` and `ast.unparse` write one tree differently from version to version, as does `repr` characters that
+    only some versions know. New versions add fields to nodes: those that hold nothing are left out.
+    """
+    if isinstance(node, list):
+        return f"[{','.join(map(_text, node))}]"
+    if not isinstance(node, ast.AST):
+        return ascii(node)
+    fields = [f"{name}={_text(value)}" for name, value in ast.iter_fields(node) if value not in (None, [])]
+    return f"{type(node).__name__}({','.join(fields)})"
 
 
 @cache

@@ -31,6 +31,61 @@ def test_a_comment_a_docstring_and_layout_do_not_count(package):
     assert digest(package) == before
 
 
+WRITTEN = "def f(x, y):\n    if x:\n        return g(x, [y, 1], 'a')\n    return f'{x:>{y}} of'\n"
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        WRITTEN.replace("if x:", "if (x):  # so"),
+        WRITTEN.replace("[y, 1], ", "[\n\n            y,\n            1,  # one\n        ],\n"),
+        WRITTEN.replace("'a')", "'a',)"),
+        WRITTEN.replace("'", '"'),
+        WRITTEN.replace("    if", '    """Say it."""\n\n    if'),
+        WRITTEN.replace("    ", "  "),
+    ],
+    ids=["brackets", "lines", "comma", "quotes", "docstring", "indentation"],
+)
+def test_what_says_the_same_otherwise_does_not_count(package, text):
+    (package / "inner.py").write_text(WRITTEN)
+    before = digest(package)
+    (package / "inner.py").write_text(text)
+    assert text != WRITTEN
+    assert digest(package) == before
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        WRITTEN.replace("1]", "2]"),
+        WRITTEN.replace("1]", "1.0]"),
+        WRITTEN.replace("    return f'", "        return f'"),
+        WRITTEN.replace("'a'", "'b'"),
+        WRITTEN.replace("'a'", "b'a'"),
+        WRITTEN.replace(" of'", " for'"),
+        WRITTEN.replace("{y}", "{x}"),
+        WRITTEN.replace("{x:", "{x!r:"),
+        WRITTEN.replace("f(x, y)", "f(x, y=None)"),
+        WRITTEN.replace("return g", "yield g"),
+        WRITTEN + "None\n",
+    ],
+)
+def test_what_says_something_else_counts(package, text):
+    (package / "inner.py").write_text(WRITTEN)
+    before = digest(package)
+    (package / "inner.py").write_text(text)
+    assert text != WRITTEN
+    assert digest(package) != before
+
+
+def test_a_digest_is_the_same_under_every_version_of_python(package):
+    # as Python 3.11 to 3.14 give it; the emoji is a character only to newer versions
+    (package / "inner.py").write_text(
+        "def f(x, *, y=1e3):\n    return f'{x!r:>{y}} {x=}' '\U0001fae8' if x else {**y}\n"
+    )
+    assert digest(package) == "acd0fa3294ca0c1a8061055a0a611c185e259f44d0c3d1c9dc58647a9fc9c8eb"
+
+
 def test_code_imported_through_other_modules_counts(package):
     before = digest(package)
     (package / "inner.py").write_text("def f(x):\n    return x + 1\n")
