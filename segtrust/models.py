@@ -101,9 +101,16 @@ class Model:
 
 
 def read_models(config):
-    """Return the models of a checked configuration, a dict by name.
+    """Return the models of a checked configuration, a dict by name; raise what `models_and_problems` finds wrong."""
+    models, problems = models_and_problems(config)
+    raise_if_any(problems)
+    return models
 
-    Raises Problems naming every bundle that cannot be used, every checkpoint that is not there, and checkpoints of one
+
+def models_and_problems(config):
+    """Return the models of a checked configuration that can be described, a dict by name, and a list of problems.
+
+    Problems name every bundle that cannot be used, every checkpoint that is not there, and checkpoints of one
     ensemble that are the same file twice.
     """
     models, problems = {}, []
@@ -129,8 +136,7 @@ def read_models(config):
             for other in sorted({other for other in trained if trained.count(other) > 1})
         ]
         problems += [f"models.{name}: {problem}" for problem in _misfits(model, models)]
-    raise_if_any(problems)
-    return models
+    return models, problems
 
 
 def _misfits(model, models):

@@ -9,7 +9,7 @@ from segtrust.errors import Problems, SegtrustError, raise_if_any
 from segtrust.files import canonical_json, read_json
 from segtrust.gather import companions, find_passes
 from segtrust.jobs import input_state
-from segtrust.models import passes_of, plan_chunks, read_models
+from segtrust.models import models_and_problems, passes_of, plan_chunks
 from segtrust.patients import SAMPLED_SPLITS, header_problems, read_sheet
 
 
@@ -56,8 +56,8 @@ class Study:
         return canonical_json([asdict(self.patients[name]) for name in names])
 
     def of_split(self, *splits):
-        """Return the ids of the patients of some splits."""
-        return [name for name, patient in self.patients.items() if patient.split in splits]
+        """Return the ids of the patients of some splits, sorted: no training depends on the order of the sheet."""
+        return sorted(name for name, patient in self.patients.items() if patient.split in splits)
 
     def chunks(self, model, patient):
         """Return the files of passes that a patient needs under a model, planned around those that exist.
@@ -134,15 +134,17 @@ def read_study(config, check_headers):
         bad = {}
     kept = {name: patient for name, patient in patients.items() if name not in left_out}
     problems = [message for messages in bad.values() for message in messages] + _split_problems(kept.values(), config)
-    models, passes = {}, {}
-    try:
-        models = read_models(config)
-        sampled = [name for name, patient in kept.items() if patient.split in SAMPLED_SPLITS]
-        # all patients have equally many passes: who has checked that once need not look for everybody's files again
-        counted = sampled if check_headers else sampled[:1]
-        passes = {name: passes_of(model, counted, config["sample"]["passes"]) for name, model in models.items()}
-    except Problems as error:
-        problems += error.problems
+    models, of_models = models_and_problems(config)
+    problems += of_models
+    sampled = [name for name, patient in kept.items() if patient.split in SAMPLED_SPLITS]
+    # all patients have equally many passes: who has checked that once need not look for everybody's files again
+    counted = sampled if check_headers else sampled[:1]
+    passes = {}
+    for name, model in models.items():
+        try:
+            passes[name] = passes_of(model, counted, config["sample"]["passes"])
+        except Problems as error:
+            problems += error.problems
     study = Study(config, kept, models, passes, left_out)
     problems += [
         f"models.{name}: inject.rate auto is chosen on patients of split calibration with a reference, of which "

@@ -1,6 +1,5 @@
 """Small studies, drawn by code, that tests run with Snakemake as a user would."""
 
-import os
 import re
 import subprocess
 import sys
@@ -67,8 +66,8 @@ def snakemake(study, *arguments, expect=0, code=ROOT):
     """
     command = [sys.executable, "-m", "snakemake", "-s", str(code / "Snakefile"), "--directory", str(study)]
     command += ["--workflow-profile", str(code / "profiles" / "local"), "--cores", "2", *arguments]
-    environment = {**os.environ, "PYTHONPATH": f"{code}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"}
-    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+    # what is imported is looked for in the working folder first
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=code)
     assert done.returncode == expect, done.stdout + done.stderr
     return done.stdout + done.stderr
 

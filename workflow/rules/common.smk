@@ -169,6 +169,11 @@ def companions_of(wildcards):
     return [path for prediction in predictions_of(wildcards) for path in companions(prediction)]
 
 
+def prediction_sizes(wildcards):
+    paths = [*predictions_of(wildcards), *companions_of(wildcards)]
+    return with_sizes({path: path for path in paths})
+
+
 def gather_settings(wildcards):
     model = model_of(wildcards)
     deterministic = "{pass}" not in model.predictions

@@ -26,5 +26,6 @@ rule gather:
     params:
         settings=gather_settings,
         code=code("gather"),
+        sizes=prediction_sizes,
     script:
         "../scripts/gather.py"
