@@ -60,8 +60,8 @@ _EVALUATION = (
     "error in {n_bins} bins of equal width, of the probability of the region and of the confidence of the chosen "
     "label, in the brain and within 5 mm of the predicted region. Patients were stratified by quartiles (fewer than 8 "
     "patients: halves) of their mean entropy within 5 mm of the predicted region; a Dice below {failure_dice:g} counts "
-    "as a failure. Intervals are 95 % intervals over subjects ({n_resamples:,} bootstrap resamples, or the method named "
-    "beside the number).{compared} Software: {used}."
+    "as a failure. Intervals are 95 % intervals over subjects ({n_resamples:,} bootstrap resamples, or the method "
+    "named beside the number).{compared} Software: {used}."
 )
 _COMPARED = (
     " Models were compared on the patients they share, p-values of the confirmatory family adjusted by Holm's method."
