@@ -1,7 +1,7 @@
 """What a cluster with SLURM lacks for a study, told before anything is submitted, and what its failures mean.
 
-`check` compares what the profile asks for with what `sinfo` and `sacctmgr` list. `words` reads Snakemake's log after
-a run that failed. `absent` is for a job: the given files that its node does not see.
+`check` compares what the profile asks for with what `sinfo` and `sacctmgr` list. `raise_if_absent` is for a job whose
+node does not see what the study was given. `words` reads Snakemake's log after a run that failed.
 """
 
 import difflib
@@ -345,20 +345,19 @@ def disk_notes(paths, mounts, host):
 # --- in a job ---
 
 
-def absent(files):
-    """Return what is wrong where a job's node does not see files that its study was given, as text; else "".
+def raise_if_absent(files, error_class):
+    """Raise `error_class`, which takes a text, where a job's node does not see files that its study was given.
 
     files : inputs of the job, relative to the study's folder; those under results/ may come late and are left out
     """
     given = [path for path in files if Path(path).parts[:1] not in (("results",), (".snakemake",))]
-    missing = [path for path in given if not os.path.exists(path) and "/.snakemake/" not in path]
-    if not missing:
-        return ""
-    listed = "\n".join(f"  - {os.path.abspath(path)}" for path in missing)
-    return (
-        f"{socket.gethostname()} does not see {len(missing)} file(s) of this job, which Snakemake sees where it runs:\n"
-        f"{listed}\n{SHARE}"
-    )
+    missing = [os.path.abspath(path) for path in given if not os.path.exists(path) and "/.snakemake/" not in path]
+    if missing:
+        listed = "\n".join(f"  - {path}" for path in missing)
+        raise error_class(
+            f"{socket.gethostname()} does not see {len(missing)} file(s) of this job, which Snakemake sees where it "
+            f"runs:\n{listed}\n{SHARE}"
+        )
 
 
 # --- after a run that failed ---
@@ -387,6 +386,11 @@ REMEDIES = {
     "Unable to contact slurm controller": "SLURM does not answer; try again later, or ask its administrators.",
 }
 _LAST_LINES, _MOST_NAMED = 8, 5
+
+
+def words_of(log):
+    """Return `words` of a file; log : path of Snakemake's own log."""
+    return words(Path(log).read_text(encoding="utf-8", errors="replace"))
 
 
 def words(log):

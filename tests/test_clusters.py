@@ -322,8 +322,10 @@ def test_a_job_names_the_given_files_that_its_node_does_not_see(tmp_path, monkey
     monkeypatch.chdir(tmp_path)
     (tmp_path / "there.nii.gz").touch()
     late = ["results/preprocessed/a.safetensors", str(tmp_path / ".snakemake/tmp.x")]
-    assert clusters.absent(["there.nii.gz", *late]) == ""
-    text = clusters.absent(["there.nii.gz", "data/a b.nii.gz", "/local/model.pt", *late])
+    clusters.raise_if_absent(["there.nii.gz", *late], SegtrustError)
+    with pytest.raises(SegtrustError) as raised:
+        clusters.raise_if_absent(["there.nii.gz", "data/a b.nii.gz", "/local/model.pt", *late], SegtrustError)
+    text = str(raised.value)
     assert socket.gethostname() in text
     assert re.findall("^  - (.*)$", text, flags=re.MULTILINE) == [f"{tmp_path}/data/a b.nii.gz", "/local/model.pt"]
     assert "a disk that all nodes share" in text
