@@ -345,11 +345,15 @@ def disk_notes(paths, mounts, host):
 # --- in a job ---
 
 
-def raise_if_absent(files, error_class):
+def raise_if_absent(arguments, error_class):
     """Raise `error_class`, which takes a text, where a job's node does not see files that its study was given.
 
-    files : inputs of the job, relative to the study's folder; those under results/ may come late and are left out
+    arguments : command line of the job's Snakemake, which names the job's inputs; those under results/ may come late
+        and are left out
     """
+    files = values_of(arguments, "--wait-for-files")
+    for path in values_of(arguments, "--wait-for-files-file"):
+        files += Path(path).read_text(encoding="utf-8").splitlines() if Path(path).is_file() else []
     given = [path for path in files if Path(path).parts[:1] not in (("results",), (".snakemake",))]
     missing = [os.path.abspath(path) for path in given if not os.path.exists(path) and "/.snakemake/" not in path]
     if missing:
@@ -388,9 +392,9 @@ REMEDIES = {
 _LAST_LINES, _MOST_NAMED = 8, 5
 
 
-def words_of(log):
-    """Return `words` of a file; log : path of Snakemake's own log."""
-    return words(Path(log).read_text(encoding="utf-8", errors="replace"))
+def words_of(logs):
+    """Return `words` of files; logs : paths of Snakemake's own logs."""
+    return words("".join(Path(log).read_text(encoding="utf-8", errors="replace") for log in logs))
 
 
 def words(log):

@@ -318,13 +318,20 @@ def test_named_paths_are_those_of_the_models_and_a_scan(tmp_path):
     }
 
 
-def test_a_job_names_the_given_files_that_its_node_does_not_see(tmp_path, monkeypatch):
+def in_a_file(paths):
+    Path("waited").write_text("\n".join(paths), encoding="utf-8")
+    return ["--force", "--wait-for-files-file", "waited"]
+
+
+@pytest.mark.parametrize("option", [lambda paths: ["--wait-for-files", *paths, "--force"], in_a_file])
+def test_a_job_names_the_given_files_that_its_node_does_not_see(tmp_path, monkeypatch, option):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "there.nii.gz").touch()
     late = ["results/preprocessed/a.safetensors", str(tmp_path / ".snakemake/tmp.x")]
-    clusters.raise_if_absent(["there.nii.gz", *late], SegtrustError)
+    clusters.raise_if_absent(["--wait-for-files", "there.nii.gz", *late, "--force", "absent"], SegtrustError)
+    absent = ["there.nii.gz", "data/a b.nii.gz", "/local/model.pt", *late]
     with pytest.raises(SegtrustError) as raised:
-        clusters.raise_if_absent(["there.nii.gz", "data/a b.nii.gz", "/local/model.pt", *late], SegtrustError)
+        clusters.raise_if_absent(option(absent), SegtrustError)
     text = str(raised.value)
     assert socket.gethostname() in text
     assert re.findall("^  - (.*)$", text, flags=re.MULTILINE) == [f"{tmp_path}/data/a b.nii.gz", "/local/model.pt"]

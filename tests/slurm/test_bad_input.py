@@ -105,7 +105,7 @@ def words(run):
     (log,) = re.findall(r"Complete log\(s\): (.*)", run.said())
     if not Path(log).is_file():  # it went with the disk of the login node
         return clusters.words(run.said())
-    return clusters.words_of(log)
+    return clusters.words_of([log])
 
 
 def test_a_study_that_no_node_sees_is_called_so(runs):
