@@ -416,7 +416,7 @@ def words(log):
             said[text] += 1
     if empty := len(NO_OUTPUT.findall(log)):
         said["SLURM calls it done, but nothing was written, or it shows late here (--latency-wait)."] = empty
-    parts = [f"  {count} ×: {text}" for text, count in said.most_common(_MOST_NAMED)]
+    parts = [f"  {count} ×: {text}".replace("\n", "\n    ") for text, count in said.most_common(_MOST_NAMED)]
     parts += [f"  … and {len(said) - _MOST_NAMED} more of this kind"] if len(said) > _MOST_NAMED else []
     return "\n".join(["On the cluster:", *parts]) if parts else ""
 
@@ -433,9 +433,9 @@ def _failed_job(own, slurm_log):
     refused = re.search(r"^WorkflowError in file .*?\n(.*?)(?=^  File |\Z)", text, re.DOTALL | re.MULTILINE)
     if refused:
         why = refused[1].strip()
-        share = "" if SHARE in why else f"\n  What is named here is not seen from there. {SHARE}"
+        share = "" if SHARE in why else f"\nWhat is named here is not seen from there. {SHARE}"
         return f"refused on its node, though all is sound here on {socket.gethostname()}: {why}{share}"
     if own and Path(own).is_file() and Path(own).stat().st_size:
         return ""  # shown by Snakemake
-    last = "\n".join(f"  {line}" for line in text.strip().splitlines()[-_LAST_LINES:])
+    last = "\n".join(text.strip().splitlines()[-_LAST_LINES:])
     return f"ended before it wrote a log of its own; SLURM's says:\n{last}" if last else ""
