@@ -18,6 +18,8 @@ from segtrust import clusters
 from segtrust.config import ROOT
 from segtrust.errors import Problems
 from segtrust.networks import build
+from segtrust.patients import read_sheet
+from segtrust.preprocess import preprocess, read_modalities, write_preprocessed
 
 from .cluster import ACCOUNT, PARTITION, wait_until
 from .conftest import OPTIONS, SITE, Run
@@ -26,7 +28,7 @@ pytestmark = pytest.mark.slow
 
 NETWORK = {"name": "UNet-Res", "channels": [4, 8], "strides": [2]}
 MAPS, VOXELS = "results/tiny/maps/p1_entropy.nii.gz", "results/tiny/voxels/p1.parquet"
-SAMPLES = "results/tiny/samples/p1/member0_0-1.safetensors"
+SCANS, SAMPLES = "results/preprocessed/p0.safetensors", "results/tiny/samples/p1/member0_0-1.safetensors"
 
 # a job takes less, beside the others; a status that is asked for too early is asked for again 10 s later still
 PATIENCE = ["--slurm-init-seconds-before-status-checks", "10"]
@@ -46,6 +48,13 @@ def write_study(folder, data, checkpoint):
     }
     config = {"models": {"tiny": model}, "sample": {"passes": 2}, "cohort": {"resamples": 100}}
     (folder / "config.yaml").write_text(yaml.safe_dump(config))
+
+
+def preprocess_here(study, name):
+    """Spare a run a job of SLURM."""
+    patient = next(patient for patient in read_sheet(study / "patients.tsv") if patient.patient == name)
+    volumes, geometry = read_modalities(patient.scan, name)
+    write_preprocessed(study / f"results/preprocessed/{name}.safetensors", preprocess(volumes, geometry), {})
 
 
 def start(cluster, study, *arguments, words, local=None, moved=None):
@@ -72,7 +81,7 @@ def runs(cluster, tmp_path_factory):
     # the whole study on the disk of the login node
     write_study(folder / "unshared", folder / "unshared/data", folder / "unshared/model.pt")
     started["study"] = start(
-        cluster, local / "unshared", "results/preprocessed/p0.safetensors",
+        cluster, local / "unshared", SCANS,
         words=folder / "study.out", local=local, moved=folder / "unshared",
     )  # fmt: skip
     # the checkpoint there
@@ -80,14 +89,15 @@ def runs(cluster, tmp_path_factory):
     config = (folder / "shared/config.yaml").read_text()
     (folder / "shared/config.yaml").write_text(config.replace(f"{folder}/weights", f"{local}/weights"))
     started["checkpoint"] = start(
-        cluster, folder / "shared", "results/preprocessed/p0.safetensors",
+        cluster, folder / "shared", SCANS,
         words=folder / "checkpoint.out", local=local, moved=folder / "weights",
     )  # fmt: skip
     # names as people give them, and two rules that ask for what the cluster does not have
     odd = folder / "Studie «ü» für alle, 脑"
     write_study(odd, folder / "Daten (neu)/é", folder / "Gewichte & mehr/modèle 1.pt")
+    preprocess_here(odd, "p1")
     started["names"] = start(
-        cluster, odd, MAPS, VOXELS, "--set-resources", "maps:slurm_partition=nowhere", "voxels:gpu=1",
+        cluster, odd, SCANS, MAPS, VOXELS, "--set-resources", "maps:slurm_partition=nowhere", "voxels:gpu=1",
         "voxels:gpu_model=a100", words=folder / "names.out",
     )  # fmt: skip
     try:
@@ -122,7 +132,7 @@ def test_a_checkpoint_that_no_node_sees_is_named_with_its_remedy(runs):
 
 def test_paths_with_spaces_and_letters_that_are_not_ascii_pass_through_sbatch(runs):
     study = runs["names"].words.parent / "Studie «ü» für alle, 脑"
-    assert (study / "results/preprocessed/p1.safetensors").is_file()
+    assert (study / SCANS).is_file()
     assert (study / SAMPLES).is_file()
 
 
