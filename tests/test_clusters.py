@@ -1,14 +1,18 @@
 """What a cluster lacks for a study is told before anything is submitted, and its failures in words."""
 
+import json
 import os
 import re
 import socket
 import stat
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import yaml
 from conftest import write_patient, write_sheet
+from test_bundle import INFERENCE, METADATA
 
 from segtrust import clusters
 from segtrust.config import ROOT
@@ -442,3 +446,44 @@ def test_of_many_failures_the_most_frequent_are_shown():
 def test_a_run_without_slurm_has_no_words_of_it(tmp_path):
     assert clusters.words(failed(tmp_path)) == ""
     assert clusters.words(HEAD) == ""
+
+
+# --- the workflow itself ---
+
+
+def snakemake(folder, *arguments, expect):
+    command = [sys.executable, "-m", "snakemake", "-s", str(ROOT / "Snakefile"), "-n", *arguments]
+    command += ["--workflow-profile", str(ROOT / "profiles/local")]
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
+    assert done.returncode == expect, done.stdout + done.stderr
+    return done.stdout + done.stderr
+
+
+@pytest.mark.slow
+def test_called_in_a_folder_that_is_no_study_the_file_that_is_missing_is_named(tmp_path):
+    assert re.search(rf"config\.yaml.*not present.*{tmp_path}/config\.yaml", snakemake(tmp_path, expect=1))
+
+
+@pytest.mark.slow
+def test_studies_scans_bundles_checkpoints_and_predictions_may_have_any_letters_in_their_paths(tmp_path):
+    study = tmp_path / "Étude n° 1 – «Zürich», 脑"
+    (study / "bündel (1)/models").mkdir(parents=True)
+    (study / "bündel (1)/configs").mkdir()
+    for name, content in (("inference", INFERENCE), ("metadata", METADATA)):
+        (study / f"bündel (1)/configs/{name}.json").write_text(json.dumps(content))
+    for path in ("bündel (1)/models/model.pt", "modèle 2.pt"):
+        (study / path).write_bytes(b"weights")
+    write_sheet(study / "patients.tsv", [{"patient": "a", **write_patient(study / "données été", "a", 0)}])
+    scan = study / "données été/a/a_t1.nii.gz"
+    (study / "prédictions ü").mkdir()
+    (study / "prédictions ü/a b.nii.gz").write_bytes(scan.read_bytes())
+    models = {
+        "bundle": {"bundle": "bündel (1)"},
+        "given": {**NETWORK["models"]["m"], "checkpoint": "modèle 2.pt"},
+        "elsewhere": {"predictions": "prédictions ü/{patient} b.nii.gz", "outputs": ["TC", "WT", "ET"]},
+    }
+    config = {"models": models, "sample": {"device": "cpu"}}
+    (study / "config.yaml").write_text(yaml.safe_dump(config, allow_unicode=True), encoding="utf-8")
+    said = snakemake(tmp_path, "--directory", str(study), expect=0)
+    for path in ("bündel (1)/models/model.pt", "modèle 2.pt", "prédictions ü/a b.nii.gz", str(scan)):
+        assert path in said
