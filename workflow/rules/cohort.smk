@@ -12,13 +12,37 @@ rule cohort:
         tallies=tallies_of,
     output:
         metrics="results/{model}/cohort/metrics.parquet",
-        metrics_csv="results/{model}/cohort/metrics.csv",
+        metrics_csv=report(
+            "results/{model}/cohort/metrics.csv",
+            caption="../report/metrics.rst",
+            category="Cohort",
+            subcategory="{model}",
+            labels={"model": "{model}", "table": "metrics"},
+        ),
         patients="results/{model}/cohort/patients.parquet",
-        patients_csv="results/{model}/cohort/patients.csv",
+        patients_csv=report(
+            "results/{model}/cohort/patients.csv",
+            caption="../report/patients.rst",
+            category="Cohort",
+            subcategory="{model}",
+            labels={"model": "{model}", "table": "patients"},
+        ),
         strata="results/{model}/cohort/strata.parquet",
-        strata_csv="results/{model}/cohort/strata.csv",
+        strata_csv=report(
+            "results/{model}/cohort/strata.csv",
+            caption="../report/strata.rst",
+            category="Cohort",
+            subcategory="{model}",
+            labels={"model": "{model}", "table": "strata"},
+        ),
         curves="results/{model}/cohort/curves.parquet",
-        alarms="results/{model}/cohort/alarms.json",
+        alarms=report(
+            "results/{model}/cohort/alarms.json",
+            caption="../report/alarms.rst",
+            category="Cohort",
+            subcategory="{model}",
+            labels={"model": "{model}", "table": "alarms"},
+        ),
     log:
         "logs/cohort/{model}.log",
     benchmark:

@@ -10,7 +10,12 @@ rule comparison:
         tallies=tallies_of_models,
     output:
         metrics="results/comparison/metrics.parquet",
-        metrics_csv="results/comparison/metrics.csv",
+        metrics_csv=report(
+            "results/comparison/metrics.csv",
+            caption="../report/comparison.rst",
+            category="Comparison",
+            labels={"table": "paired differences"},
+        ),
     log:
         "logs/comparison.log",
     benchmark:

@@ -5,6 +5,10 @@ out:  results/report/index.html, figures/ and tables/ beside it
 """
 
 
+# what `snakemake --report` begins with
+report: "../report/workflow.rst"
+
+
 rule report:
     input:
         cohorts=every_cohort,

@@ -18,7 +18,12 @@ rule train:
         checkpoint="results/{model}/train/checkpoint.pt",
         digest="results/{model}/train/checkpoint.sha256",
         curve="results/{model}/train/curve.parquet",
-        curve_csv="results/{model}/train/curve.csv",
+        curve_csv=report(
+            "results/{model}/train/curve.csv",
+            caption="../report/curve.rst",
+            category="Training",
+            labels={"model": "{model}", "table": "curve"},
+        ),
     log:
         "logs/train/{model}.log",
     benchmark:
