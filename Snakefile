@@ -35,7 +35,7 @@ onstart:
 
 
 onerror:
-    print(STUDY.advice())
+    print("\n".join(filter(None, (STUDY.advice(), words_of(log)))))
 
 
 rule all:

@@ -12,8 +12,6 @@ from segtrust.config import ROOT
 from segtrust.errors import SegtrustError
 
 SPLITS = ("train", "validation", "calibration")
-# options with which Snakemake runs no job
-_ONLY_LOOKS = {"-n", "--dry-run", "--dryrun", "--unlock", "--summary", "--report", "--rulegraph", "--dag", "--lint"}
 
 
 def main(arguments=None):
@@ -93,6 +91,7 @@ def _init(options, _):
 
 
 def _run(options, rest):
+    from segtrust.clusters import check, only_looks
     from segtrust.runs import prepare
 
     # argparse would take the value of one of Snakemake's options for the study
@@ -110,8 +109,8 @@ def _run(options, rest):
         *rest,
         *limits,
     ]
-    if not _ONLY_LOOKS.intersection(rest):
-        for line in prepare(study, unlock=lambda: _unlock(command)):
+    if not any(map(only_looks, rest)):
+        for line in [*check(profile, study, rest), *prepare(study, unlock=lambda: _unlock(command))]:
             print(line, flush=True)
     print(shlex.join(command), flush=True)
     return subprocess.run(command, check=False).returncode

@@ -68,7 +68,7 @@ def check(profile, study, options):
     """
     settings = yaml.safe_load((Path(profile) / "config.yaml").read_text(encoding="utf-8")) or {}
     executor = (values_of(options, "--executor", "-e") or [settings.get("executor")])[0]
-    if executor != "slurm" or any(map(_only_looks, options)):
+    if executor != "slurm" or any(map(only_looks, options)):
         return []
     partitions = read_partitions(_sinfo(profile))
     config, (default, by_rule) = study_config(study, options), asked(settings, options)
@@ -84,7 +84,8 @@ def check(profile, study, options):
     return notes + _notes_on_disks(study, config)
 
 
-def _only_looks(option):
+def only_looks(option):
+    """Say whether an option lets Snakemake look and run nothing."""
     return option.partition("=")[0] in LOOKING or bool(re.fullmatch("-[a-zA-Z]*n[a-zA-Z]*", option))  # -np
 
 

@@ -8,10 +8,12 @@ in:   config.yaml, patients.tsv
 
 import os
 import re
+import sys
 from functools import cache, partial
 
 from snakemake.exceptions import WorkflowError
 
+from segtrust.clusters import raise_if_absent, words_of
 from segtrust.files import canonical_json, remove_leftovers
 from segtrust.gather import companions, find_passes
 from segtrust.provenance import code_digest, file_digest
@@ -20,6 +22,8 @@ from segtrust.study import study_or_message
 
 STUDY = study_or_message(config, workflow.is_main_process, WorkflowError)
 config.update(STUDY.config)
+# Snakemake ends a job whose node does not see its inputs as if it were done, and forgets what it said
+raise_if_absent([] if workflow.is_main_process else sys.argv, WorkflowError)
 GPU = 0 if STUDY.config["sample"]["device"] == "cpu" else 1
 SCRIPTS = f"{workflow.basedir}/workflow/scripts"
 
