@@ -65,6 +65,13 @@ def _parser():
         help="write to results/MODEL/cohort_partial, and say who is missing; whole cohorts are made by `segtrust run`",
     )
 
+    export = commands.add_parser("export", help="pack settings, tables and report of a study into one archive")
+    export.add_argument("study", metavar="STUDY", help="folder with config.yaml")
+    export.add_argument("archive", metavar="FILE.tar.gz")
+    export.add_argument(
+        "--with", dest="extras", nargs="+", default=[], choices=("maps", "tally", "voxels", "samples"), help="add these"
+    )
+
     layers = commands.add_parser("layers", help="list the layers of a model's network, to inject dropout after")
     layers.add_argument("model", metavar="MODEL", help="name of a model in config.yaml; its weights need not exist")
     layers.add_argument(
@@ -149,6 +156,13 @@ def _layers(options, _):
     return 0
 
 
+def _export(options, _):
+    from segtrust.export import export
+
+    print(export(_folder(options.study), options.archive, options.extras))
+    return 0
+
+
 def _status(options, _):
     from segtrust.status import status
 
@@ -177,6 +191,7 @@ _COMMANDS = {
     "run": _run,
     "status": _status,
     "cohort": _cohort,
+    "export": _export,
     "layers": _layers,
     "phantom": _phantom,
 }
