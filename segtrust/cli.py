@@ -46,7 +46,7 @@ def _parser():
         "(dry run) or --cores 4.",
         allow_abbrev=False,
     )
-    run.add_argument("--profile", default="local", help="local, or the path of a Snakemake profile")
+    run.add_argument("--profile", default="local", help="local, allocation, slurm, or the path of a Snakemake profile")
 
     status = commands.add_parser("status", help="tell what of a study is done, stale, failed or missing")
     status.add_argument(
@@ -109,7 +109,7 @@ def _run(options, rest):
         known = ", ".join(sorted(path.parent.name for path in ROOT.glob("profiles/*/config.yaml")))
         raise SegtrustError(f"no profile {profile}; known are {known}, or give the path of a folder with a config.yaml")
     snakemake = shutil.which("snakemake", path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}")
-    limits = [] if any(option.startswith("--resources") for option in rest) else _limits(profile)
+    limits = _limits(profile, rest)
     command = [
         *(snakemake, "--snakefile", str(ROOT / "Snakefile")),
         *("--workflow-profile", str(profile.resolve()), "--directory", str(study)),
@@ -137,16 +137,41 @@ def _folder(study):
     return study
 
 
-def _limits(profile):
-    """Return what jobs side by side may use of this machine under the profile `local`: its memory and its GPUs."""
-    if profile.name != "local":
+def _limits(profile, rest):
+    """Return what jobs side by side may use of this machine or allocation, as options for Snakemake.
+
+    profile : path; only `local` and `allocation` run jobs here
+    rest : options of the user, which take precedence
+
+    A job that samples on a GPU counts as no processor, and as a core beyond those there are.
+    """
+    if profile.name not in ("local", "allocation"):
         return []
-    memory_mb = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2**20
-    limits = ["--resources", f"mem_mb={memory_mb}"]
-    if shutil.which("nvidia-smi"):
-        listed = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, check=False).stdout.splitlines()
-        limits += [f"gpu={len(listed)}"] if listed else []
+    from segtrust import gpus
+
+    processors, shares = _processors(), gpus.SHARES * len(gpus.visible())
+    limits = []
+    if not any(option.startswith(("--cores", "-c", "--jobs", "-j")) for option in rest) and shares:
+        limits += ["--cores", str(processors + shares), "--max-threads", str(processors)]
+    if not any(option.startswith("--resources") for option in rest):
+        limits += ["--resources", f"mem_mb={_memory_mb()}"]
+        limits += [f"cpu={processors}", f"gpu_shares={shares}"] if shares else []
     return limits
+
+
+def _processors():
+    """Return how many processors this process may use; not every SLURM binds jobs to theirs."""
+    allowed = len(os.sched_getaffinity(0))
+    return min(allowed, int(os.environ.get("SLURM_CPUS_ON_NODE", allowed)))
+
+
+def _memory_mb():
+    """Return the memory of this machine, or of the allocation on it, in MiB."""
+    memory_mb = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2**20
+    allocated = int(os.environ.get("SLURM_MEM_PER_NODE", 0))
+    if not allocated:
+        allocated = int(os.environ.get("SLURM_MEM_PER_CPU", 0)) * int(os.environ.get("SLURM_CPUS_ON_NODE", 0))
+    return min(memory_mb, allocated or memory_mb)
 
 
 def _layers(options, _):

@@ -8,12 +8,69 @@ import time
 
 import numpy as np
 
+from segtrust.backends import open_backend, rate_of
 from segtrust.draws import draw_masks, multipliers
 from segtrust.errors import SegtrustError
 from segtrust.jobs import log_line
-from segtrust.moments import Accumulator, TensorAccumulator
+from segtrust.moments import Accumulator, TensorAccumulator, write_moments
 from segtrust.outputs import region_probability
+from segtrust.preprocess import read_preprocessed
+from segtrust.provenance import file_digest, settings_digest, versions
+from segtrust.sources import source_named
 from segtrust.windows import slide, view
+
+
+def sample_chunk(
+    request, *, digest_of=file_digest, open_with=open_backend, turn=lambda compute: compute(), log=log_line
+):
+    """Draw a chunk of passes of one patient: read the scan, compute, and write the moments with their provenance.
+
+    request : dict, JSON-able, absolute paths of `scan`, `checkpoint`, `rate` (null where none was chosen here), `cache`
+        and `output`; names of `model`, `patient` and `source`; numbers of the `first` and `last` pass; `settings` of
+        the model as of `models.Model`; `device`, `threads` and `batch`; and `code`, the digest of what computes
+    digest_of : function from the path of a checkpoint to its digest
+    open_with : what opens a backend, `backends.open_backend` or one that keeps it
+    turn : function that calls the function it is given when that may compute, and returns what it returns
+    log : function that takes a line of text
+    """
+    settings = request["settings"]
+    scan, provenance = read_preprocessed(request["scan"])
+    weights = digest_of(request["checkpoint"])
+    rate = rate_of(settings["stochastic"]["inject"], request["rate"])
+
+    def compute():
+        backend = open_with(
+            request["checkpoint"],
+            digest=weights,
+            settings=settings,
+            rate=rate,
+            device=request["device"],
+            threads=request["threads"],
+            cache=request["cache"],
+            log=log,
+        )
+        moments = sample(
+            scan,
+            backend,
+            passes=range(request["first"], request["last"] + 1),
+            patient=request["patient"],
+            source=source_named(request["source"]),
+            batch=request["batch"],
+            log=log,
+            **settings["sample"],
+        )
+        return moments, {"device": backend.device, "backend": backend.name, "precision": backend.precision}
+
+    moments, computed = turn(compute)
+    model = {
+        "name": request["model"],
+        "weights": weights,
+        "settings": settings,
+        "rate": rate,
+        "settings_digest": settings_digest(settings),
+        "code": request["code"],
+    }
+    write_moments(request["output"], moments, {**provenance, "model": model, **computed, "versions": versions()})
 
 
 def sample(

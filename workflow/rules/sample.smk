@@ -23,6 +23,9 @@ rule sample:
         "../../envs/segtrust.yaml"
     resources:
         gpu=GPU,
+        # on one machine: a patient is begun while another is computed, and a job that waits for a GPU needs no processor
+        gpu_shares=GPU,
+        cpu=1 - GPU,
         mem_mb=lambda wildcards, attempt: 4000 * attempt,
         runtime=lambda wildcards, attempt: 60 * attempt,
     params:

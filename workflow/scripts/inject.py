@@ -6,11 +6,12 @@ from functools import partial
 from segtrust.backends import open_backend
 from segtrust.cases import checked
 from segtrust.files import write_json
+from segtrust.gpus import own_gpu
 from segtrust.inject import Calibration, fit, passes_fitted
 from segtrust.jobs import job, log_line
 from segtrust.provenance import file_digest, settings_digest, versions
 
-with job(snakemake, "inject"):
+with job(snakemake, "inject"), own_gpu(snakemake.config["sample"]["device"]):
     settings = json.loads(snakemake.params.settings)
     weights = file_digest(snakemake.input.checkpoint)
     open_at = partial(

@@ -1,17 +1,20 @@
 """Train the network of one model."""
 
-import json
-
-import torch
-
-from segtrust.cases import Cases, checked
-from segtrust.files import write_csv, write_parquet
+from segtrust.gpus import own_gpu
 from segtrust.jobs import job
-from segtrust.networks import build, check_sampling
-from segtrust.provenance import versions
-from segtrust.train import curve_table, train
 
-with job(snakemake, "train"):
+with job(snakemake, "train"), own_gpu(snakemake.config["sample"]["device"]):
+    # not before: what imports PyTorch may look for GPUs, and CUDA looks but once
+    import json
+
+    import torch
+
+    from segtrust.cases import Cases, checked
+    from segtrust.files import write_csv, write_parquet
+    from segtrust.networks import build, check_sampling
+    from segtrust.provenance import versions
+    from segtrust.train import curve_table, train
+
     torch.set_num_threads(snakemake.threads)
     settings = json.loads(snakemake.params.settings)
     network = build(settings["network"], settings["seed"])
