@@ -140,10 +140,10 @@ def _folder(study):
 def _limits(profile, rest):
     """Return what jobs side by side may use of this machine or allocation, as options for Snakemake.
 
-    profile : path; only `local` and `allocation` run jobs here
-    rest : options of the user, which take precedence
+    profile : path; only under `local` and `allocation` do jobs run here
+    rest : options of the user, which come first
 
-    A job that samples on a GPU counts as no processor, and as a core beyond those there are.
+    A job that samples on a GPU counts as a core beyond those there are, because it mostly waits.
     """
     if profile.name not in ("local", "allocation"):
         return []
@@ -151,11 +151,10 @@ def _limits(profile, rest):
 
     processors, shares = _processors(), gpus.SHARES * len(gpus.visible())
     limits = []
-    if not any(option.startswith(("--cores", "-c", "--jobs", "-j")) for option in rest) and shares:
+    if not any(option.startswith(("--cores", "-c", "--jobs", "-j")) for option in rest):
         limits += ["--cores", str(processors + shares), "--max-threads", str(processors)]
     if not any(option.startswith("--resources") for option in rest):
-        limits += ["--resources", f"mem_mb={_memory_mb()}"]
-        limits += [f"cpu={processors}", f"gpu_shares={shares}"] if shares else []
+        limits += ["--resources", f"mem_mb={_memory_mb()}", f"cpu={processors}", f"gpu_shares={shares}"]
     return limits
 
 

@@ -229,9 +229,12 @@ class _Server:
         def log(line):
             channel.send({"log": line})
 
-        began, answer = time.perf_counter(), None
+        def turn(compute):
+            return self._turns.submit(self._computed, compute, seconds).result()
+
+        began, answer, seconds = time.perf_counter(), None, []
         try:
-            sample_chunk(request, digest_of=self._digest, open_with=self._open, turn=self._turn, log=log)
+            sample_chunk(request, digest_of=self._digest, open_with=self._open, turn=turn, log=log)
             outcome, answer = "done", {"done": True}
         except Gone:
             outcome = "given up, its job has gone"
@@ -246,15 +249,13 @@ class _Server:
             outcome = f"{outcome}, but its job has gone"
             Path(request["output"]).unlink(missing_ok=True)  # nobody puts it in place
         name = f"{request['model']}, {request['patient']}, {request['source']} {request['first']}–{request['last']}"
-        _say(f"{name}: {outcome}, {time.perf_counter() - began:.1f} s")
+        _say(f"{name}: {outcome}, {time.perf_counter() - began:.1f} s, {sum(seconds):.1f} s of it computing")
 
-    def _turn(self, compute):
-        """Return what a function returns, called by the one thread that computes."""
-        return self._turns.submit(self._computed, compute).result()
-
-    def _computed(self, compute):
+    def _computed(self, compute, seconds):
+        """Return what a function returns, and append how long it took; called by the one thread that computes."""
         if self._broken:
             raise _Broken
+        began = time.perf_counter()
         try:
             return compute()
         except (Gone, SegtrustError):
@@ -263,6 +264,8 @@ class _Server:
             # a GPU may compute nothing more in this process
             self._broken = self._ending = True
             raise
+        finally:
+            seconds.append(time.perf_counter() - began)
 
     def _digest(self, path):
         """Return the digest of a checkpoint, which is read again when the file has changed."""
