@@ -151,7 +151,8 @@ def _evaluation(runs, n_bins):
     settings, versions = provenance["cohort"], provenance.get("versions", {})
     compared = _COMPARED if len(runs) > 1 else ""
     used = ", ".join(f"{label} {versions[name]}" for name, label in LIBRARIES.items() if name in versions)
-    return _EVALUATION.format(n_bins=n_bins, compared=compared, used=used, **settings)
+    numbers = {name: settings[name] for name in ("failure_dice", "n_resamples")}
+    return _EVALUATION.format(n_bins=n_bins, compared=compared, used=used, **numbers)
 
 
 def _works(model, source):

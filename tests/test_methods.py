@@ -24,7 +24,7 @@ def run(name="m", settings=SETTINGS, weights="ab" * 32, rate=None, patients=("p0
         "device": ["cpu"],
         "precision": "bfloat16",
         "versions": VERSIONS,
-        "cohort": {"n_resamples": 2000, "failure_dice": 0.8},
+        "cohort": {"n_resamples": 2000, "failure_dice": 0.8, "n_bins": [10, 15, 20]},
     }
     return SimpleNamespace(name=name, provenance=provenance, patients=pd.DataFrame({"patient": patients}))
 

@@ -247,7 +247,7 @@ def draw_cohort(
             "settings": "5f2c" * 16,
             "seed": 1,
             "versions": {"segtrust": "0.1", "torch": "2.13"},
-            "cohort": {"n_resamples": 2000, "failure_dice": 0.8},
+            "cohort": {"n_resamples": 2000, "failure_dice": 0.8, "n_bins": [10, 15, 20]},
         }
         for name, table in written.items():
             rows = pa.Table.from_pandas(table, preserve_index=False)
