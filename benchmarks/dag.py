@@ -193,7 +193,9 @@ def measure_finished(folder, n_patients):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--patients", type=int, nargs="+", default=[1_251, 10_000])
-    parser.add_argument("--finished", type=int, nargs="*", default=[1_251], help="of these, what follows a finished study")
+    parser.add_argument(
+        "--finished", type=int, nargs="*", default=[1_251], help="of these, what follows a finished study"
+    )
     parser.add_argument("--folder", help="keeps the studies here")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:

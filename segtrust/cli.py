@@ -22,10 +22,20 @@ def main(arguments=None):
     if rest and options.command != "run":
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     try:
+        _check_installation()
         return _COMMANDS[options.command](options, rest)
     except SegtrustError as error:
         print(f"segtrust {options.command}: {error}", file=sys.stderr)
         return 1
+
+
+def _check_installation():
+    """Raise SegtrustError where the workflow does not lie beside the package."""
+    if not (ROOT / "Snakefile").is_file():
+        raise SegtrustError(
+            f"there is no Snakefile in {ROOT}: the package was installed without its workflow. Install it from a clone "
+            "of the repository, editable: pip install -c constraints.txt -e '.[slurm,openvino]' (docs/install.md)"
+        )
 
 
 def _parser():
@@ -118,7 +128,7 @@ def _run(options, rest):
     ]
     if not any(map(only_looks, rest)):
         for line in [*check(profile, study, rest), *prepare(study, unlock=lambda: _unlock(command))]:
-            print(line, flush=True)
+            print(f"segtrust run: {line}", file=sys.stderr)
     print(shlex.join(command), flush=True)
     return subprocess.run(command, check=False).returncode
 

@@ -14,7 +14,7 @@ import yaml
 from conftest import write_patient, write_sheet
 from test_bundle import INFERENCE, METADATA
 
-from segtrust import clusters
+from segtrust import cli, clusters
 from segtrust.config import ROOT
 from segtrust.errors import Problems, SegtrustError
 
@@ -448,7 +448,27 @@ def test_a_run_without_slurm_has_no_words_of_it(tmp_path):
     assert clusters.words(HEAD) == ""
 
 
-# --- the workflow itself ---
+# --- the command and the workflow ---
+
+
+def test_run_tells_what_the_cluster_lacks_and_starts_nothing(slurm, study, capsys, monkeypatch):
+    monkeypatch.setattr(cli.subprocess, "run", lambda command, **_: pytest.fail(f"executed {command}"))
+    monkeypatch.setattr(clusters, "_listed", lambda *command: (SINFO if command[0] == "sinfo" else "", ""))
+    assert cli.main(["run", str(study), "--profile", "slurm"]) == 1
+    assert "sample: the partition 'cpu' has no GPU" in capsys.readouterr().err
+
+
+def test_notes_are_shown_and_the_run_goes_on(study, capsys, monkeypatch):
+    monkeypatch.setattr(clusters, "check", lambda profile, study, options: ["jobs will wait"])
+    monkeypatch.setattr(cli.subprocess, "run", lambda command, **_: subprocess.CompletedProcess(command, 7))
+    assert cli.main(["run", str(study), "--profile", "slurm"]) == 7
+    assert "segtrust run: jobs will wait" in capsys.readouterr().err
+
+
+def test_a_package_without_its_workflow_says_how_to_install_it(study, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(cli, "ROOT", tmp_path)
+    assert cli.main(["run", str(study)]) == 1
+    assert f"no Snakefile in {tmp_path}" in capsys.readouterr().err
 
 
 def snakemake(folder, *arguments, expect):

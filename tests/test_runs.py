@@ -69,7 +69,7 @@ def test_one_command_goes_on_after_the_death_of_snakemake(study, tmp_path):
     brake = Brake(tmp_path, "*/preprocessed/p1*")
     dead = Started(study, **brake.environment)
     orphan, partial = brake.wait(dead)
-    wait_until((study / TARGET[0]).exists, "the other patient is done", timeout_s=60)
+    wait_until(lambda: "1 of 2 steps" in dead.said(), "the other patient is done", timeout_s=60)
     finished = (study / TARGET[0]).stat()
     snakemake_of(study).send_signal(signal.SIGKILL)
     dead.process.wait(timeout=30)

@@ -7,7 +7,6 @@ does not.
 import re
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -73,7 +72,7 @@ def start(cluster, study, *arguments, words, local=None, moved=None):
 
 @pytest.fixture(scope="module")
 def runs(cluster, tmp_path_factory):
-    """Three runs side by side, each with mistakes of its own; all have ended."""
+    """Four runs side by side, each with mistakes of its own; all have ended."""
     folder = tmp_path_factory.mktemp("what a login node sees")
     local = folder / "local"
     local.mkdir()
@@ -91,6 +90,14 @@ def runs(cluster, tmp_path_factory):
     started["checkpoint"] = start(
         cluster, folder / "shared", SCANS,
         words=folder / "checkpoint.out", local=local, moved=folder / "weights",
+    )  # fmt: skip
+    # the scans there
+    write_study(folder / "given", folder / "given data", folder / "model.pt")
+    sheet = (folder / "given/patients.tsv").read_text()
+    (folder / "given/patients.tsv").write_text(sheet.replace(f"{folder}/given data", f"{local}/given data"))
+    started["scans"] = start(
+        cluster, folder / "given", "results/preprocessed/p0.safetensors",
+        words=folder / "scans.out", local=local, moved=folder / "given data",
     )  # fmt: skip
     # names as people give them, and two rules that ask for what the cluster does not have
     odd = folder / "Studie «ü» für alle, 脑"
@@ -111,11 +118,8 @@ def runs(cluster, tmp_path_factory):
 
 
 def words(run):
-    """Return what is said of a run's failures."""
-    (log,) = re.findall(r"Complete log\(s\): (.*)", run.said())
-    if not Path(log).is_file():  # it went with the disk of the login node
-        return clusters.words(run.said())
-    return clusters.words_of([log])
+    """Return what is said of a run's failures on the cluster, which Snakemake shows on its standard output."""
+    return re.search(r"On the cluster:\n(?:  .*\n)+", run.said())[0]
 
 
 def test_a_study_that_no_node_sees_is_called_so(runs):
@@ -127,6 +131,13 @@ def test_a_study_that_no_node_sees_is_called_so(runs):
 def test_a_checkpoint_that_no_node_sees_is_named_with_its_remedy(runs):
     said = words(runs["checkpoint"])
     assert re.search(r"refused on its node.*there is no checkpoint .*/local/weights/model\.pt", said, re.DOTALL)
+    assert "a disk that all nodes share" in said
+
+
+def test_scans_that_no_node_sees_are_named(runs):
+    said = words(runs["scans"])
+    assert re.search(r"does not see 4 file\(s\) of this job", said)
+    assert len(re.findall(r"  - .*/local/given data/p0/p0_(?:t1|t1ce|t2|flair)\.nii\.gz", said)) == 4
     assert "a disk that all nodes share" in said
 
 
