@@ -225,9 +225,11 @@ def test_another_member_of_an_ensemble_costs_its_own_passes(study):
     assert plan(study, *option) == passes | jobs(FROM_MOMENTS, ["weights"])
 
 
-def test_other_training_settings_redo_that_model(study):
-    option = with_model(study, "trained", train={**TRAINED["train"], "iterations": 5})
-    assert plan(study, *option) == jobs(f"train inject {FROM_PASSES}", ["trained"])
+@pytest.mark.parametrize(
+    "keys", [{"train": {**TRAINED["train"], "iterations": 5}}, {"overlap": 0.25}], ids=["iterations", "overlap"]
+)
+def test_what_a_training_depends_on_redoes_that_model(study, keys):
+    assert plan(study, *with_model(study, "trained", **keys)) == jobs(f"train inject {FROM_PASSES}", ["trained"])
 
 
 @pytest.mark.parametrize("split", ["train", "validation"])
