@@ -13,7 +13,7 @@ import stat
 import subprocess
 import tempfile
 import time
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 from segtrust.channel import Gone, connected
@@ -62,13 +62,13 @@ def _names(listed):
 
 
 def folder():
-    """Return the folder of locks and sockets of this user, on this machine or in this allocation of SLURM.
+    """Return the folder of locks and sockets of this user, on this machine or in this allocation of SLURM; make it.
 
     Raises SegtrustError where it is open to others.
     """
-    job = os.environ.get("SLURM_JOB_ID")
-    path = Path(tempfile.gettempdir()) / "-".join(["segtrust", str(os.getuid()), *([job] if job else [])])
-    path.mkdir(mode=0o700, exist_ok=True)
+    path = _place()
+    with suppress(FileExistsError):
+        path.mkdir(mode=0o700)
     state = path.lstat()
     if not stat.S_ISDIR(state.st_mode) or state.st_uid != os.getuid() or state.st_mode & 0o077:
         raise SegtrustError(
@@ -79,15 +79,49 @@ def folder():
     return path
 
 
+def _place():
+    job = os.environ.get("SLURM_JOB_ID")
+    return Path(tempfile.gettempdir()) / "-".join(["segtrust", str(os.getuid()), *([job] if job else [])])
+
+
+class Lock:
+    """A locked file in `folder()`; closing it gives the lock back and leaves nothing behind."""
+
+    def __init__(self, file, path):
+        self._file = file
+        self._path = path
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.close()
+
+    def close(self):
+        # who waits for this file sees that it is no more the one of this name
+        self._path.unlink(missing_ok=True)
+        self._file.close()
+        with suppress(OSError):  # others have files there
+            self._path.parent.rmdir()
+
+
 def locked(path, wait=False):
-    """Return a file that is locked until it is closed; None where another has the lock, unless told to `wait`."""
-    file = open(path, "a")  # noqa: SIM115 - closing it gives the lock back
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-    except BlockingIOError:
+    """Return the Lock of a file in `folder()`; None where another has it, unless told to `wait`."""
+    while True:
+        try:
+            folder()
+            file = open(path, "a")  # noqa: SIM115 - closed with the Lock
+        except FileNotFoundError:  # the last to leave has removed the folder
+            continue
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        except BlockingIOError:
+            file.close()
+            return None
+        with suppress(FileNotFoundError):  # who had it has removed it, or another has come since
+            if os.path.samestat(path.stat(), os.fstat(file.fileno())):
+                return Lock(file, path)
         file.close()
-        return None
-    return file
 
 
 @contextmanager
@@ -128,12 +162,12 @@ def end(channel):
 
 def socket_of(device):
     """Return the path of the socket that the worker of a GPU listens at."""
-    return folder() / f"{named(device)}.socket"
+    return _place() / f"{named(device)}.socket"
 
 
 def life_of(device):
     """Return the file that the worker of a GPU has locked as long as it lives."""
-    return folder() / f"{named(device)}.worker"
+    return _place() / f"{named(device)}.worker"
 
 
 @contextmanager
@@ -172,7 +206,7 @@ def all_shares(devices):
 
 
 def _share(device, share):
-    return folder() / f"{named(device)}.{share}"
+    return _place() / f"{named(device)}.{share}"
 
 
 def named(device):

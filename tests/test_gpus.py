@@ -149,6 +149,12 @@ def test_who_computes_on_the_processor_takes_no_gpu(monkeypatch):
         assert not list(gpus.folder().iterdir())
 
 
+def test_nothing_is_left_when_all_jobs_are_done(place):
+    with gpus.one_share(["0", "1"]), gpus.all_shares(["0", "1"]):
+        assert len(list(gpus.folder().iterdir())) == 1 + gpus.SHARES
+    assert not list(place.iterdir())
+
+
 HOLDER = """
 import sys, time
 from segtrust import gpus

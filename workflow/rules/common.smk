@@ -16,6 +16,7 @@ from snakemake.exceptions import WorkflowError
 from segtrust.clusters import raise_if_absent, words_of
 from segtrust.files import canonical_json, remove_leftovers
 from segtrust.gather import companions, find_passes
+from segtrust.gpus import SHARES
 from segtrust.provenance import code_digest, file_digest
 from segtrust.sources import PATTERN as SOURCES
 from segtrust.study import study_or_message

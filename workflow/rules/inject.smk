@@ -27,7 +27,7 @@ rule inject:
     threads: 8
     resources:
         gpu=GPU,
-        gpu_shares=2 * GPU,
+        gpu_shares=SHARES * GPU,
         mem_mb=lambda wildcards, attempt: 6000 * attempt,
         runtime=lambda wildcards, attempt: 240 * attempt,
     params:

@@ -35,7 +35,7 @@ rule train:
     threads: 8
     resources:
         gpu=GPU,
-        gpu_shares=2 * GPU,
+        gpu_shares=SHARES * GPU,
         mem_mb=lambda wildcards, attempt: 16000 * attempt,
         runtime=lambda wildcards, attempt: 1440 * attempt,
     params:
