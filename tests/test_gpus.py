@@ -12,7 +12,8 @@ from threading import Thread
 
 import pytest
 
-from segtrust import gpus
+from segtrust import cli, gpus
+from segtrust.config import ROOT
 from segtrust.errors import SegtrustError
 
 WAIT_S = 30
@@ -157,7 +158,8 @@ def test_nothing_is_left_when_all_jobs_are_done(place):
 
 HOLDER = """
 import sys, time
-from segtrust import gpus
+from segtrust import cli, gpus
+from segtrust.config import ROOT
 with gpus.all_shares(["0"]):
     print("held", flush=True)
     time.sleep(600)
@@ -175,7 +177,8 @@ def test_a_killed_job_leaves_its_gpu_to_others():
 
 USER = """
 import sys, time
-from segtrust import gpus
+from segtrust import cli, gpus
+from segtrust.config import ROOT
 for _ in range(10):
     with gpus.all_shares(["0", "1"]) as device:
         began = time.monotonic()
@@ -191,3 +194,27 @@ def test_many_jobs_never_have_one_gpu_at_the_same_time():
     for device in ("0", "1"):
         times = sorted((float(began), float(ended)) for name, began, ended in lines if name == device)
         assert all(ended <= began for (_, ended), (began, _) in pairwise(times))
+
+
+@pytest.mark.parametrize(
+    ("variables", "expected"),
+    [
+        ({"SLURM_MEM_PER_NODE": "3000", "SLURM_CPUS_ON_NODE": "1"}, ("5", "1", "mem_mb=3000", "cpu=1")),
+        ({"SLURM_MEM_PER_CPU": "500", "SLURM_CPUS_ON_NODE": "1"}, ("5", "1", "mem_mb=500", "cpu=1")),
+    ],
+    ids=["memory of the node", "memory per processor"],
+)
+def test_limits_of_an_allocation_are_what_slurm_has_given(monkeypatch, variables, expected):
+    for name, value in {**variables, "CUDA_VISIBLE_DEVICES": "0,1"}.items():
+        monkeypatch.setenv(name, value)
+    limits = cli._limits(ROOT / "profiles/allocation", [])
+    cores, threads, memory, cpu = expected
+    assert limits == ["--cores", cores, "--max-threads", threads, "--resources", memory, cpu, "gpu_shares=4"]
+
+
+def test_limits_that_a_user_gives_are_the_users(monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
+    profile = ROOT / "profiles/local"
+    assert "--cores" not in cli._limits(profile, ["--cores", "3"])
+    assert cli._limits(profile, ["-c3", "--resources", "gpu_shares=1"]) == []
+    assert cli._limits(ROOT / "profiles/slurm", []) == []
