@@ -2,12 +2,12 @@
 
     python benchmarks/dag.py [--patients 1251 10000] [--finished 1251] [--folder FOLDER]
 
-Writes studies of simulated patients, four modalities and a reference each, tiny but valid NIfTI files, and two models: a
-network with a checkpoint of 20 MB, whose dropout is sampled (20 passes), and predictions of nnU-Net, five folds with
-two files each, which makes the larger plan of the two kinds of model. Nothing is computed: what is timed is how long
-Snakemake and our rules take to see what there is to do. Each line is the whole command of a user (`segtrust run STUDY`
-with the profile `local`, `segtrust status STUDY`) in a process of its own; memory is that of the largest process, and
-`CPU s` are processor seconds, which depend less on what else the machine does.
+Writes studies of simulated patients, four modalities and a reference each, tiny but valid NIfTI files, and two models:
+a network with a checkpoint of 20 MB, whose dropout is sampled (20 passes), and predictions of nnU-Net, five folds with
+two files each. Two networks would have as many jobs, but ten files less a patient. Nothing is computed: what is timed
+is how long Snakemake and our rules take to see what there is to do. Each line is the whole command of a user
+(`segtrust run STUDY` with the profile `local`, `segtrust status STUDY`) in a process of its own; memory is that of the
+largest process, and `CPU s` are processor seconds, which depend less on what else the machine does.
 
 A finished study is one whose every output, as Snakemake's own summary lists them, is a small file, and whose records
 in .snakemake/metadata are written by `snakemake --touch --forceall`, by the same function as after a real job: dates,

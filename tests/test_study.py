@@ -92,6 +92,15 @@ def test_patients_without_reference_are_sampled_and_not_evaluated(folder):
     assert "no reference" in study.not_evaluated["p1"]
 
 
+def test_a_job_does_not_look_for_the_predictions_of_all_patients_again(folder):
+    write(folder, ["test", "test"])
+    for number in range(3):
+        (folder / f"p0_{number}.nii.gz").touch()
+    config = {"models": {"m": {"predictions": "{patient}_{pass}.nii.gz"}}}
+    assert "p1: no file matches" in problems(config)[0]
+    assert read_study(config, check_headers=False).passes == {"m": 3}
+
+
 @pytest.mark.parametrize("change", ["coding", "file", "model"])
 def test_a_failed_patient_comes_back_when_the_study_asks_for_something_else(folder, change):
     write(folder, ["train", "test", "test"])
