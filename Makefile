@@ -5,7 +5,7 @@ REPEAT ?= 20
 BIN = .venv/bin
 SHELL = /bin/bash
 
-.PHONY: help demo test test-fast test-slurm stress-slurm lint format bench-tally bench-cohort bench-coverage bench-sample clean
+.PHONY: help demo test test-fast test-slurm stress-slurm lint format bench-tally bench-cohort bench-coverage bench-sample bench-allocation bench-dag clean
 
 help:
 	@echo "make demo       draw a demo cohort, train small networks, evaluate them (about 8 minutes on 2 cores)"
@@ -15,6 +15,8 @@ help:
 	@echo "make bench-sample    time Monte Carlo passes of a full-size patient beside a loop with MONAI"
 	@echo "make bench-tally     time the tally of a full-size patient beside scikit-learn and torchmetrics"
 	@echo "make bench-cohort    time cohorts of up to 10,000 patients (fills 5 GB of tallies in a temporary folder)"
+	@echo "make bench-allocation  how busy GPUs are in one allocation, with warm workers and without"
+	@echo "make bench-dag       time dry runs and runs with nothing to do, for up to 10,000 patients"
 	@echo "make bench-coverage  how often intervals hold the truth, in simulated cohorts"
 	@echo "make clean      remove the demo's data and results"
 
@@ -63,6 +65,12 @@ bench-coverage: .venv/ready
 
 bench-sample: .venv/ready
 	$(BIN)/python benchmarks/sample.py
+
+bench-allocation: .venv/ready
+	$(BIN)/python benchmarks/allocation.py
+
+bench-dag: .venv/ready
+	$(BIN)/python benchmarks/dag.py
 
 clean:
 	rm -rf demo results logs .snakemake
