@@ -41,7 +41,7 @@ test-slurm: .venv/ready
 	$(BIN)/python -m pytest tests/slurm -m 'not stress' --durations=5
 
 stress-slurm: .venv/ready
-	SEGTRUST_REPEAT=$(REPEAT) $(BIN)/python -m pytest tests/slurm/test_faults.py
+	SEGTRUST_REPEAT=$(REPEAT) $(BIN)/python -m pytest tests/slurm/test_faults.py -n $(CORES)
 
 lint: .venv/ready
 	$(BIN)/ruff check .

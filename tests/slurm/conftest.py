@@ -49,6 +49,11 @@ def pytest_generate_tests(metafunc):
         metafunc.parametrize("repetition", range(REPEAT))
 
 
+def pytest_collection_modifyitems(items):
+    """Let every fault come once before any comes again, so that a stress that is stopped has seen them all."""
+    items.sort(key=lambda item: getattr(item, "callspec", None) and item.callspec.params.get("repetition") or 0)
+
+
 @pytest.fixture(scope="session")
 def cluster():
     """A SLURM of our own; skips, or with SEGTRUST_REQUIRE=1 fails, where there can be none."""
