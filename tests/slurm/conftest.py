@@ -51,7 +51,7 @@ def pytest_generate_tests(metafunc):
 
 def pytest_collection_modifyitems(items):
     """Let every fault come once before any comes again, so that a stress that is stopped has seen them all."""
-    items.sort(key=lambda item: getattr(item, "callspec", None) and item.callspec.params.get("repetition") or 0)
+    items.sort(key=lambda item: (getattr(item, "callspec", None) and item.callspec.params.get("repetition")) or 0)
 
 
 @pytest.fixture(scope="session")
