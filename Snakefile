@@ -6,9 +6,10 @@ preprocess ──► train (where a model is trained here)│
     ├────────► inject (where dropout is added)      │
     └────────► sample ◄─────────────────────────────┘     gather ◄── predictions made elsewhere
                   └────────────► moments ◄───────────────────┘
-                          ┌─────────┴─────────┐
-                        maps               voxels ──► tally ──► cohort ──► report
-                                                        └─────► comparison (of every two models)
+                  ┌─────────────────┼─────────────────┐
+                score             maps             voxels ──► tally ──► cohort ──► report
+         (without reference)        │                           │          └─────► triage (a list of the patients)
+                                    └───────► page ◄────────────┴─────► comparison (of every two models)
 """
 
 if not workflow.overwrite_configfiles:
@@ -25,8 +26,11 @@ include: "workflow/rules/gather.smk"
 include: "workflow/rules/maps.smk"
 include: "workflow/rules/voxels.smk"
 include: "workflow/rules/tally.smk"
+include: "workflow/rules/score.smk"
 include: "workflow/rules/cohort.smk"
 include: "workflow/rules/comparison.smk"
+include: "workflow/rules/triage.smk"
+include: "workflow/rules/page.smk"
 include: "workflow/rules/report.smk"
 
 
@@ -44,4 +48,6 @@ rule all:
         every_map,
         every_cohort,
         every_comparison,
+        every_triage,
+        every_page,
         "results/report/index.html",

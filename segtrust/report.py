@@ -317,6 +317,7 @@ def _section(run, results, folder, settings, sheet, reasons):
         "evaluated": run.evaluated,
         "provenance": flatten(run.provenance),
         "mapped": len(run.mapped),
+        "triage": f"triage/{run.name}.html" if (folder / "triage" / f"{run.name}.html").exists() else None,
         "left_out": left_out(sheet, [] if run.patients is None else run.patients["patient"], reasons),
     }
     if run.evaluated:

@@ -15,7 +15,7 @@ from segtrust.errors import SegtrustError
 
 STAGES = (
     *("preprocess", "train", "inject", "sample", "gather", "maps", "voxels", "tally"),
-    *("cohort", "comparison", "report"),
+    *("score", "cohort", "comparison", "triage", "page", "report"),
 )
 STATES = ("done", "stale", "failed", "missing")
 EVERY_MODEL = "all models"
@@ -89,6 +89,14 @@ def _job(stage, path):
         return Job(stage, None, patient, f"logs/{stage}/{patient}.log")
     if stage in ("comparison", "report"):
         return Job(stage, None, None, f"logs/{stage}.log")
+    if stage in ("page", "triage"):
+        # report/patients/<model>/<patient>.html, report/patients/<model>/order.js, report/triage/<model>.html
+        model = rest[1] if rest[0] == "patients" else rest[1].removesuffix(".html")
+        patient = rest[2].removesuffix(".html") if stage == "page" else None
+        return Job(stage, model, patient, f"logs/{stage}/{model}{f'/{patient}' if patient else ''}.log")
+    if stage == "score":
+        patient = rest[1].removesuffix(".json")
+        return Job(stage, folder, patient, f"logs/{stage}/{folder}/{patient}.log")
     if stage in ("sample", "gather"):
         chunk = rest[2].removesuffix(".safetensors")
         return Job(stage, folder, rest[1], f"logs/{stage}/{folder}/{rest[1]}/{chunk}.log")

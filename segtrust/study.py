@@ -41,6 +41,16 @@ class Study:
         return [name for name in self.sampled if self.patients[name].seg]
 
     @property
+    def tested(self):
+        """Return the ids of the patients of split test, with a reference or without one."""
+        return self.of_split("test")
+
+    @property
+    def scored(self):
+        """Return the ids of the test patients without a reference, of whom uncertainty and volumes are all there is."""
+        return [name for name in self.tested if not self.patients[name].seg]
+
+    @property
     def has_cohort(self):
         """Say whether there is a patient of split test with a reference, so that tables can be made."""
         return any(self.patients[name].split == "test" for name in self.evaluated)
@@ -88,6 +98,10 @@ class Study:
     def settings(self, stage):
         """Return the settings of a stage as one canonical JSON text."""
         return canonical_json(self.config[stage])
+
+    def report_settings(self):
+        """Return what the report's first page shows, as one canonical JSON text; which pages are made is not among it."""
+        return canonical_json({name: value for name, value in self.config["report"].items() if name != "pages"})
 
     def advice(self):
         """Say what to do about the patients whose content made jobs fail, as text."""
@@ -152,6 +166,11 @@ def read_study(config, check_headers):
         for name, model in models.items()
         if model.inject and model.inject["rate"] == "auto" and not study.fitting
     ]
+    if config["report"]["pages"] != "none" and "probability" not in config["maps"]["write"]:
+        problems.append(
+            "config.yaml: report.pages shows the map `probability`, which maps.write leaves out; add it there, or say "
+            "`pages: none`."
+        )
     raise_if_any(problems)
     return study
 

@@ -11,7 +11,7 @@ from segtrust.config import ROOT
 
 STAGES = (
     *("preprocess", "train", "inject", "sample", "gather", "maps", "voxels", "tally"),
-    *("cohort", "comparison", "report"),
+    *("score", "cohort", "comparison", "triage", "page", "report"),
 )
 
 
@@ -42,7 +42,7 @@ def test_a_stage_has_one_word_everywhere(stage):
     assert (ROOT / f"workflow/scripts/{stage}.py").is_file()
     assert (ROOT / f"segtrust/{stage}.py").is_file()
     assert (ROOT / f"tests/test_{stage}.py").is_file()
-    assert re.search(rf"^rule {stage}:", (ROOT / f"workflow/rules/{stage}.smk").read_text(), flags=re.MULTILINE)
+    assert re.search(rf"^(rule|checkpoint) {stage}:", (ROOT / f"workflow/rules/{stage}.smk").read_text(), flags=re.MULTILINE)
 
 
 @pytest.mark.parametrize("path", sorted(ROOT.glob("envs/*.yaml")), ids=lambda path: path.name)

@@ -17,6 +17,7 @@ from segtrust.clusters import raise_if_absent, words_of
 from segtrust.files import canonical_json, remove_leftovers
 from segtrust.gather import companions, find_passes
 from segtrust.gpus import SHARES
+from segtrust.order import read_order, with_page
 from segtrust.provenance import code_digest, file_digest
 from segtrust.sources import PATTERN as SOURCES
 from segtrust.study import study_or_message
@@ -55,6 +56,15 @@ def patient_of(wildcards):
     return STUDY.patients[wildcards.patient]
 
 
+def row_of(wildcards):
+    return STUDY.rows([wildcards.patient])
+
+
+def templates(*names):
+    """Return the digests of templates of the report's pages."""
+    return [file_digest(f"{workflow.basedir}/segtrust/templates/{name}") for name in names]
+
+
 def only(names):
     """Return a wildcard constraint that some names fit, and nothing where there are none."""
     return "|".join(map(re.escape, names)) or "(?!)"
@@ -90,6 +100,20 @@ def every_cohort(wildcards):
 def every_comparison(wildcards):
     """Return the comparison of the models; there is none of a single model, nor without a cohort."""
     return ["results/comparison/metrics.parquet"] if STUDY.has_cohort and len(STUDY.models) > 1 else []
+
+
+def every_triage(wildcards):
+    return expand("results/report/triage/{model}.html", model=STUDY.models) if STUDY.tested else []
+
+
+def every_page(wildcards):
+    """Return the pages of all test patients, or of the worst, which are known once a model's patients are in order."""
+    pages, wanted = STUDY.config["report"]["pages"], []
+    for model in STUDY.models if pages != "none" else ():
+        ordered = isinstance(pages, dict)
+        patients = with_page(read_order(checkpoints.triage.get(model=model).output.order)) if ordered else STUDY.tested
+        wanted += expand("results/report/patients/{model}/{patient}.html", model=model, patient=patients)
+    return wanted
 
 
 # --- preprocess ---
@@ -204,7 +228,8 @@ def reference_of(wildcards):
 
 
 def reference_size_of(wildcards):
-    return with_sizes({"seg": patient_of(wildcards).seg})
+    seg = patient_of(wildcards).seg
+    return with_sizes({"seg": seg} if seg else {})
 
 
 # --- cohort and report ---
@@ -234,6 +259,27 @@ def evaluated_rows(wildcards):
 
 def sampled_rows(wildcards):
     return STUDY.rows(STUDY.sampled)
+
+
+def patients_of_cohort(wildcards):
+    """Return the table of a model's patients; there is none without a cohort."""
+    return {"patients": f"results/{wildcards.model}/cohort/patients.parquet"} if STUDY.has_cohort else {}
+
+
+def scores_of(wildcards):
+    return expand("results/{model}/scores/{patient}.json", model=wildcards.model, patient=STUDY.scored)
+
+
+def tested_rows(wildcards):
+    return STUDY.rows(STUDY.tested)
+
+
+def known_of(wildcards):
+    """Return the reference of a patient and the file of its numbers."""
+    seg = patient_of(wildcards).seg
+    if not seg:
+        return {"numbers": f"results/{wildcards.model}/scores/{wildcards.patient}.json"}
+    return {"reference": seg, "numbers": f"results/{wildcards.model}/tally/{wildcards.patient}.parquet"}
 
 
 def sources_of_models():

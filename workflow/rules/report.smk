@@ -12,6 +12,7 @@ report: "../report/workflow.rst"
 rule report:
     input:
         cohorts=every_cohort,
+        triage=every_triage,
         maps=every_map,
         scans=sampled_scans,
     output:
@@ -26,12 +27,12 @@ rule report:
         mem_mb=lambda wildcards, attempt: 2000 * attempt,
         runtime=lambda wildcards, attempt: 20 * attempt,
     params:
-        settings=STUDY.settings("report"),
+        settings=STUDY.report_settings(),
         models=list(STUDY.models),
         patients=sampled_rows,
         left_out=canonical_json(STUDY.not_evaluated),
         sources=sources_of_models(),
         code=code("report"),
-        templates=[file_digest(f"{workflow.basedir}/segtrust/templates/{name}") for name in ("index.html", "style.css")],
+        templates=templates("index.html", "style.css"),
     script:
         "../scripts/report.py"
