@@ -14,14 +14,11 @@ from matplotlib.colors import ListedColormap, Normalize
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, LogLocator, NullLocator
 
+from segtrust.colours import ENTROPY_SHOWN_FROM, REGION_COLOURS
 from segtrust.files import replacing
 from segtrust.regions import REGIONS
 
-REGION_COLOURS = dict(zip(REGIONS, ("#3a7fd5", "#c98500", "#c23b5f"), strict=True))
 REGION_MARKERS = dict(zip(REGIONS, ("o", "s", "^"), strict=True))
-
-# below this entropy (bits) an overlay is transparent, so that the scan stays visible; the colour bar begins here
-ENTROPY_SHOWN_FROM = 0.05
 
 # an axis shows at least this much of [0, 1]: a smaller change over passes means nothing
 LEAST_SPAN = 0.05

@@ -16,7 +16,7 @@ import numpy as np
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from PIL import Image
 
-from segtrust.figures import ENTROPY_SHOWN_FROM, REGION_COLOURS
+from segtrust.colours import ENTROPY_SHOWN_FROM, REGION_COLOURS
 from segtrust.files import read_json, replacing
 from segtrust.measures import binary_entropy
 from segtrust.pool import StoredTally
@@ -27,8 +27,8 @@ from segtrust.volumes import read_reference
 
 TEMPLATES = ("page.html", "page.css", "page.js", "style.css")
 
-# a page that is longer has its probabilities, which may be noise all over a brain, on a coarser grid
-LONGEST_BYTES = 4_000_000
+# a page has at most 4 MB: where probabilities are noise all over a brain, they are on a coarser grid
+LONGEST_VOLUMES = 3_850_000  # letters of base64
 STEPS = (1, 2, 3, 4)
 # browsers draw pictures up to so many pixels; a larger scan has every second or third voxel
 MOST_PIXELS = 14_000_000
@@ -124,14 +124,9 @@ def page(scan, probability, labels, person, numbers, *, model, background, prove
         **SHOWN,
         "background": background,
     }
-    template = environment().get_template("page.html")
-    for step in STEPS:
-        about, parts = volumes.coded(step)
-        about |= {**SHOWN, "patient": person.patient, "has_reference": labels is not None, "background": background}
-        text = template.render(**shown, about=about, parts=parts, step=step)
-        if len(text) <= LONGEST_BYTES:
-            break
-    return text
+    about, parts, step = volumes.coded()
+    about |= {**SHOWN, "patient": person.patient, "has_reference": labels is not None, "background": background}
+    return environment().get_template("page.html").render(**shown, about=about, parts=parts, step=step)
 
 
 def write_page(path, text):
@@ -281,17 +276,20 @@ class Volumes:
             outside=outside,
         )
 
-    def coded(self, step):
-        """Return (dict that the page's program reads, dict from name to text of a volume).
+    def coded(self):
+        """Return (dict that the page's program reads, dict from name to text of a volume, voxels along an edge).
 
-        step : probabilities are means over cubes of so many voxels
+        Probabilities are means over cubes with the shortest edge with which all texts together fit into a page.
         """
         shape = self.bits.shape
         columns = int(np.ceil(np.sqrt(shape[2] * shape[1] / shape[0])))
         parts = {f"scan-{name}": base64_of(picture(mosaic(volume, columns))) for name, volume in self.scans.items()}
         parts["bits"] = base64_of(packed(self.bits))
-        for place, region in enumerate(REGIONS):
-            parts[f"probability-{region}"] = base64_of(packed(angles(coarse(self.probability[place], step))))
+        for step in STEPS:
+            for place, region in enumerate(REGIONS):
+                parts[f"probability-{region}"] = base64_of(packed(angles(coarse(self.probability[place], step))))
+            if sum(map(len, parts.values())) <= LONGEST_VOLUMES:
+                break
         about = {
             "shape": shape,
             "columns": columns,
@@ -301,7 +299,7 @@ class Volumes:
             "start": self.start,
             "starts": self.starts,
         }
-        return about, parts
+        return about, parts, step
 
 
 def thinning(shape):

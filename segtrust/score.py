@@ -51,9 +51,7 @@ def numbers_of(source):
         case = cases_of([source], region)
         found = {name: case[name][0] for name in (*WITHOUT_REFERENCE, *WITH_REFERENCE)}
         found |= _scores(case["scores"])
-        found |= {
-            name: source.metrics.get(Key(region, *key), math.nan) for name, key in VOXEL_METRICS.items()
-        }
+        found |= {name: source.metrics.get(Key(region, *key), math.nan) for name, key in VOXEL_METRICS.items()}
         numbers[region] = {name: _plain(value) for name, value in found.items()}
     return numbers
 

@@ -67,13 +67,17 @@ def triage(cases, order, *, model):
         "pages": [case["patient"] in linked for case in cases],
         "folder": f"../patients/{model}/",
     }
-    return environment().get_template("triage.html").render(
-        model=model,
-        content=content,
-        n_patients=len(cases),
-        n_pages=len(linked),
-        n_without=sum(NO_REFERENCE in case["notes"] for case in cases),
-        n_further=sum(column["further"] for column in columns),
+    return (
+        environment()
+        .get_template("triage.html")
+        .render(
+            model=model,
+            content=content,
+            n_patients=len(cases),
+            n_pages=len(linked),
+            n_without=sum(NO_REFERENCE in case["notes"] for case in cases),
+            n_further=sum(column["further"] for column in columns),
+        )
     )
 
 

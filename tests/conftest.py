@@ -56,3 +56,19 @@ def cohort(tmp_path):
     rows = [{"patient": f"p{i}", **write_patient(tmp_path / "data", f"p{i}", i)} for i in range(3)]
     write_sheet(tmp_path / "patients.tsv", rows)
     return tmp_path
+
+
+def pytest_collection_modifyitems(items):
+    """Call tests in a browser slow."""
+    for item in items:
+        if "chromium" in getattr(item, "fixturenames", ()):
+            item.add_marker(pytest.mark.slow)
+
+
+@pytest.fixture(scope="session")
+def chromium():
+    """A headless Chromium, as `browser.opened` takes it."""
+    import browser
+
+    with browser.started() as started:
+        yield started

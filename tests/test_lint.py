@@ -42,7 +42,9 @@ def test_a_stage_has_one_word_everywhere(stage):
     assert (ROOT / f"workflow/scripts/{stage}.py").is_file()
     assert (ROOT / f"segtrust/{stage}.py").is_file()
     assert (ROOT / f"tests/test_{stage}.py").is_file()
-    assert re.search(rf"^(rule|checkpoint) {stage}:", (ROOT / f"workflow/rules/{stage}.smk").read_text(), flags=re.MULTILINE)
+    assert re.search(
+        rf"^(rule|checkpoint) {stage}:", (ROOT / f"workflow/rules/{stage}.smk").read_text(), flags=re.MULTILINE
+    )
 
 
 @pytest.mark.parametrize("path", sorted(ROOT.glob("envs/*.yaml")), ids=lambda path: path.name)

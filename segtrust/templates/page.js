@@ -319,7 +319,7 @@
 
   function neighbours() {
     const order = window.segtrustOrder, here = order ? order.patients.indexOf(about.patient) : -1;
-    if (here < 0) return;
+    if (here < 0 || !order.orders.length) return;
     const choice = byId("order");
     order.orders.forEach((one, n) => choice.append(new Option(one.name, n)));
     const tellRank = () => {

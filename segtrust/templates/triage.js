@@ -147,7 +147,7 @@
   byId("noted").addEventListener("change", show);
   byId("further")?.addEventListener("change", redraw);
   byId("more").addEventListener("click", () => drawMore(Infinity));
-  byId("reset").addEventListener("click", () => {
+  byId("start-again").addEventListener("click", () => {
     byId("controls").reset();
     filters = columns.map(() => "");
     sort = { column: Math.max(start, 0), down: start > 0 };
