@@ -19,8 +19,9 @@ def order_of(cases, pages):
     cases : of `segtrust.triage.cases_of_patients`
     pages : `report.pages` of the configuration
 
-    `patients` : ids; `orders` : list of dicts with `name`, `first` (what comes first), and `ranks`, places in `patients`
-    of those that have the number; `pages` : places of the patients with a page, None where all have one. Ties go by id.
+    `patients` : ids; `orders` : list of dicts with `name`, `first` (what comes first), and `ranks`, places in
+    `patients` of those that have the number; `pages` : places of the patients with a page, None where all have one.
+    Ties go by id.
     """
     orders = []
     for name, label, first, sign in (("dice", "Dice", "lowest", 1), (SCORE, "entropy", "most uncertain", -1)):

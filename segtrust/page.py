@@ -1,8 +1,9 @@
 """The page of one patient under one model: slices to look through, and the patient's numbers, in one HTML file.
 
-Everything travels inside the page, because a page opened from disk can fetch nothing. Scans are pictures (WebP) with one
-tile per axial slice; probabilities are bytes, and entropy follows from them; what is predicted and what is true are bits.
-Slices are drawn on plain canvases: no WebGL, so that a page opens on any machine. A page depends on its own patient alone.
+Everything travels inside the page, because a page opened from disk can fetch nothing. Scans are pictures (WebP) with
+one tile per axial slice; probabilities are bytes, and entropy follows from them; what is predicted and what is true are
+bits. Slices are drawn on plain canvases: no WebGL, so that a page opens on any machine. A page depends on its own
+patient alone.
 """
 
 import base64

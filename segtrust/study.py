@@ -100,7 +100,7 @@ class Study:
         return canonical_json(self.config[stage])
 
     def report_settings(self):
-        """Return what the report's first page shows, as one canonical JSON text; which pages are made is not among it."""
+        """Return the settings of the report's first page as one canonical JSON text; it shows no patients' pages."""
         return canonical_json({name: value for name, value in self.config["report"].items() if name != "pages"})
 
     def advice(self):

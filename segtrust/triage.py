@@ -24,8 +24,8 @@ def cases_of_patients(people, patients, scores):
     patients : DataFrame, the cohort's table `patients` (a row per patient and region); or None
     scores : dict from the id of a patient without a reference to its numbers, of `segtrust.score`
 
-    Keys: `patient`, `person`, `notes` (list of text), and for each name of `MEASURED` a dict from region, and `mean` over
-    the regions that have one, to a number; None for null.
+    Keys: `patient`, `person`, `notes` (list of text), and for each name of `MEASURED` a dict from region, and `mean`
+    over the regions that have one, to a number; None for null.
     """
     held = {}
     if patients is not None:
