@@ -28,14 +28,16 @@ from segtrust.volumes import read_reference
 
 TEMPLATES = ("page.html", "page.css", "page.js", "style.css")
 
-# a page has at most 4 MB: where probabilities are noise all over a brain, they are on a coarser grid
+# a page has at most 4 MB (1 MB is 10⁶ bytes): where probabilities are noise all over a brain, they are on a coarser grid
 LONGEST_VOLUMES = 3_850_000  # letters of base64
 STEPS = (1, 2, 3, 4)
 # browsers draw pictures up to so many pixels; a larger scan has every second or third voxel
 MOST_PIXELS = 14_000_000
 
 WINDOW_PERCENT = (0.5, 99.8)
-WEBP = {"format": "WEBP", "quality": 80, "method": 2}
+# quality of pictures, in percent; the first with which the four scans of a patient are no longer than that
+QUALITIES = (80, 60, 40, 20)
+LONGEST_SCANS = 2_600_000  # letters of base64
 
 # matplotlib's inferno and viridis, without their darkest parts, which a scan would hide
 SCALES = {
@@ -201,8 +203,9 @@ def flags_of(numbers, has_reference):
         elif case["both_empty"]:
             flags.append(("unknown", f"{region}: absent in prediction and reference; its Dice is 1 by convention."))
         else:
-            missed = _text(case["reference_ml"], 1)
-            flags.append(("bad", f"{region}: missed. The reference has {missed} ml, no voxel is predicted."))
+            flags.append(
+                ("bad", f"{region}: missed. The reference has {case['reference_ml']:.3g} ml, no voxel is predicted.")
+            )
     return flags
 
 
@@ -284,7 +287,11 @@ class Volumes:
         """
         shape = self.bits.shape
         columns = int(np.ceil(np.sqrt(shape[2] * shape[1] / shape[0])))
-        parts = {f"scan-{name}": base64_of(picture(mosaic(volume, columns))) for name, volume in self.scans.items()}
+        mosaics = {f"scan-{name}": mosaic(volume, columns) for name, volume in self.scans.items()}
+        for quality in QUALITIES:
+            parts = {name: base64_of(picture(tiles, quality)) for name, tiles in mosaics.items()}
+            if sum(map(len, parts.values())) <= LONGEST_SCANS:
+                break
         parts["bits"] = base64_of(packed(self.bits))
         for step in STEPS:
             for place, region in enumerate(REGIONS):
@@ -339,10 +346,10 @@ def mosaic(volume, columns):
     return tiles.reshape(rows, columns, height, width).swapaxes(1, 2).reshape(rows * height, columns * width)
 
 
-def picture(image):
-    """Return the bytes of a picture; image : uint8 (rows, columns)."""
+def picture(image, quality):
+    """Return the bytes of a picture; image : uint8 (rows, columns); quality : in percent."""
     written = io.BytesIO()
-    Image.fromarray(image).save(written, **WEBP)
+    Image.fromarray(image).save(written, "WEBP", quality=quality, method=2)
     return written.getvalue()
 
 

@@ -173,7 +173,7 @@ def test_without_a_reference_the_page_says_so_and_shows_no_agreement():
 
 
 def test_a_missed_region_is_told_at_the_top():
-    assert re.search(r'class="error"><p>ET: missed\. The reference has 0\.0 ml', drawn(without=[2]).page())
+    assert re.search(r'class="error"><p>ET: missed\. The reference has 0\.027 ml', drawn(without=[2]).page())
 
 
 def test_a_region_that_is_nowhere_is_told_and_the_page_made():

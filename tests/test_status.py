@@ -20,6 +20,10 @@ ROWS = [
     row("maps", "results/m/maps/p_1_entropy.json"),
     row("tally", "results/m/tally/p_1.parquet", "missing"),
     row("cohort", "results/m/cohort/metrics.parquet", "missing"),
+    row("score", "results/m/scores/p_2.json"),
+    row("triage", "results/report/triage/m.html"),
+    row("triage", "results/report/patients/m/order.js"),
+    row("page", "results/report/patients/m/p_1.html"),
     row("report", "results/report/index.html", "missing"),
 ]
 
@@ -44,8 +48,18 @@ def counts(text, stage):
 
 def test_jobs_are_counted_and_not_files():
     jobs = status.jobs_of(ROWS)
-    assert len(jobs) == 8
+    assert len(jobs) == 11
     assert {job.patient for job in jobs if job.stage == "maps"} == {"p_1"}
+
+
+def test_jobs_of_the_report_belong_to_their_model_and_patient():
+    jobs = {(job.stage, job.model, job.patient, job.log) for job in status.jobs_of(ROWS)}
+    assert {
+        ("score", "m", "p_2", "logs/score/m/p_2.log"),
+        ("triage", "m", None, "logs/triage/m.log"),
+        ("page", "m", "p_1", "logs/page/m/p_1.log"),
+        ("report", None, None, "logs/report.log"),
+    } <= jobs
 
 
 @pytest.mark.parametrize(

@@ -68,7 +68,10 @@ CONTRACT = {
         *("curves.parquet", "alarms.json"),
     ],
     "comparison": ["metrics.parquet", "metrics.csv"],
+    "given/scores": ["p8.json"],
     "report": ["index.html"],
+    "report/triage": ["trained.html", "given.html", "once.html"],
+    "report/patients/given": ["order.js", "p3.html", "p8.html"],
 }
 
 
@@ -211,7 +214,8 @@ def test_more_passes_draw_only_the_new_ones(study):
 
 
 def test_another_number_of_resamples_redoes_the_cohort_and_what_follows(study):
-    assert set(planned(study, *changed(study, cohort={"resamples": 101}))) == {"cohort", "comparison", "report", "all"}
+    jobs = planned(study, *changed(study, cohort={"resamples": 101}))
+    assert set(jobs) == {"cohort", "comparison", "triage", "report", "all"}
 
 
 def test_report_settings_redo_the_report_only(study):
@@ -252,7 +256,7 @@ def test_a_damaged_patient_fails_alone_and_is_named(tmp_path):
     assert "p4_t2.nii.gz" in record["reason"]
     assert (tmp_path / "results/given/tally/p3.parquet").is_file()
     exclude = changed(tmp_path, on_bad_patient="exclude")
-    assert set(planned(tmp_path, *exclude)) == {"cohort", "report", "all"}
+    assert set(planned(tmp_path, *exclude)) == {"cohort", "triage", "report", "all"}
     snakemake(tmp_path, *exclude)
     assert "p4_t2.nii.gz" in (tmp_path / "results/report/index.html").read_text()
 

@@ -96,6 +96,7 @@
       } else {
         cell.textContent = text === "" && numbers[column] ? "–" : text;
         cell.className = column === NOTES ? "note" : columns[column].kind;
+        if (columns[column].kind === "text") cell.title = text;
         if (column === NOTES && text.includes("missed")) cell.classList.add("noted");
         if (begins(column, used[place - 1])) cell.classList.add("first");
         if (barred[column] && text !== "") {

@@ -36,7 +36,7 @@ def test_the_whole_workflow_runs_through_slurm(undisturbed, jobs):
     study, _ = undisturbed
     assert {job["State"] for job in jobs} == {"COMPLETED"}
     assert {job["rule"] for job in jobs} == {
-        *("preprocess", "train", "sample", "maps", "voxels", "tally", "cohort", "report"),
+        *("preprocess", "train", "sample", "maps", "voxels", "tally", "cohort", "triage", "page", "report"),
     }
     assert (study.folder / "results/report/index.html").is_file()
     assert (study.folder / "results/tiny/cohort/metrics.parquet").is_file()
