@@ -26,9 +26,7 @@ from segtrust.regions import REGIONS, region_masks
 from segtrust.score import numbers_of
 from segtrust.volumes import read_reference
 
-TEMPLATES = ("page.html", "page.css", "page.js", "style.css")
-
-# a page has at most 4 MB (1 MB is 10⁶ bytes): where probabilities are noise all over a brain, they are on a coarser grid
+# a page has at most 4 MB: where probabilities are noise all over a brain, they are on a coarser grid
 LONGEST_VOLUMES = 3_850_000  # letters of base64
 STEPS = (1, 2, 3, 4)
 # browsers draw pictures up to so many pixels; a larger scan has every second or third voxel

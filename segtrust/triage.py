@@ -10,8 +10,6 @@ from segtrust.order import SCORE, with_page
 from segtrust.page import environment
 from segtrust.regions import REGIONS
 
-TEMPLATES = ("triage.html", "triage.css", "triage.js", "style.css")
-
 MEASURED = {"dice": "Dice", SCORE: "Entropy, bits", "volume_ml": "Predicted, ml"}
 DIGITS = {"dice": 3, SCORE: 3, "volume_ml": 1}
 NO_REFERENCE = "no reference"
