@@ -79,7 +79,12 @@ def _parser():
     export.add_argument("study", metavar="STUDY", help="folder with config.yaml")
     export.add_argument("archive", metavar="FILE.tar.gz")
     export.add_argument(
-        "--with", dest="extras", nargs="+", default=[], choices=("maps", "tally", "voxels", "samples"), help="add these"
+        "--with",
+        dest="extras",
+        nargs="+",
+        default=[],
+        choices=("maps", "pages", "tally", "voxels", "samples"),
+        help="add these; the pages of patients show their scans",
     )
 
     layers = commands.add_parser("layers", help="list the layers of a model's network, to inject dropout after")

@@ -1,6 +1,7 @@
 """Pack what a reader of a study's numbers needs into one archive: settings, tables, report, and where they come from.
 
-Scans never go in, nor voxels, passes and maps unless asked for. The same files give the same bytes, whoever packs them.
+Scans never go in; voxels, passes, maps, and the pages of patients, which show their scans, only when asked for. The
+same files give the same bytes, whoever packs them.
 """
 
 import gzip
@@ -19,11 +20,22 @@ from segtrust.errors import SegtrustError
 from segtrust.files import canonical_json, provenance_of, replacing
 from segtrust.provenance import file_digest
 
-# of each model, and of the study; patterns below results/
-OF_A_MODEL = ("cohort/*", "inject/rate.json", "train/curve.*", "train/checkpoint.sha256")
-OF_ALL = ("comparison/*", "report/**/*")
-# what may be asked for besides
-EXTRAS = {"maps": "maps/*", "tally": "tally/*", "voxels": "voxels/*", "samples": "samples/*/*"}
+# patterns below results/: of each model, and of the study
+OF_A_MODEL = (
+    "{model}/cohort/*",
+    "{model}/inject/rate.json",
+    "{model}/train/curve.*",
+    "{model}/train/checkpoint.sha256",
+)
+OF_ALL = ("comparison/*", "report/*", "report/figures/*", "report/tables/*", "report/triage/*")
+# of each model, what may be asked for besides
+EXTRAS = {
+    "maps": "{model}/maps/*",
+    "pages": "report/patients/{model}/*",
+    "tally": "{model}/tally/*",
+    "voxels": "{model}/voxels/*",
+    "samples": "{model}/samples/*/*",
+}
 MANIFEST, PROVENANCE = "MANIFEST.sha256", "provenance.json"
 
 
@@ -72,9 +84,8 @@ def files_of(study, config, extras=()):
     if not (study / "results/report/index.html").is_file():
         raise SegtrustError(f"{study} has no results/report/index.html yet; `segtrust run` makes it")
     patterns = [*OF_A_MODEL, *(EXTRAS[name] for name in extras)]
-    places = [f"results/{model}/{pattern}" for model in config["models"] for pattern in patterns]
-    places += [f"results/{pattern}" for pattern in OF_ALL]
-    found = [path for place in places for path in study.glob(place) if path.is_file()]
+    places = [*(pattern.format(model=model) for model in config["models"] for pattern in patterns), *OF_ALL]
+    found = [path for place in places for path in (study / "results").glob(place) if path.is_file()]
     names = {path.relative_to(study): path for path in found}
     # half-written files and caches are hidden
     files = {name.as_posix(): path for name, path in names.items() if not any(part[0] == "." for part in name.parts)}

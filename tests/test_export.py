@@ -41,7 +41,13 @@ def study(tmp_path):
     write(folder / "model.pt")
     for place in (
         *("preprocessed/p.safetensors", "report/index.html", "report/figures/m_slice_p_scan.png"),
-        *("report/patients/m/p.html", "comparison/metrics.csv", "removed/cohort/metrics.csv", "failed/voxels/p.json"),
+        *(
+            "report/patients/m/p.html",
+            "report/triage/m.html",
+            "comparison/metrics.csv",
+            "removed/cohort/metrics.csv",
+            "failed/voxels/p.json",
+        ),
     ):
         write(folder / "results" / place)
     for name in (
@@ -70,7 +76,7 @@ ALWAYS = {
     *("MANIFEST.sha256", "provenance.json", "config.yaml", "patients.tsv"),
     *("results/m/cohort/alarms.json", "results/m/cohort/metrics.parquet", "results/m/inject/rate.json"),
     *("results/m/train/curve.csv", "results/m/train/checkpoint.sha256", "results/comparison/metrics.csv"),
-    *("results/report/index.html", "results/report/figures/m_slice_p_scan.png", "results/report/patients/m/p.html"),
+    *("results/report/index.html", "results/report/figures/m_slice_p_scan.png", "results/report/triage/m.html"),
 }
 
 
@@ -83,6 +89,7 @@ def test_settings_tables_and_report_are_packed_and_nothing_else(study, tmp_path)
     ("extra", "added"),
     [
         ("maps", "results/m/maps/p_entropy.nii.gz"),
+        ("pages", "results/report/patients/m/p.html"),
         ("tally", "results/m/tally/p.parquet"),
         ("voxels", "results/m/voxels/p.parquet"),
         ("samples", "results/m/samples/p/member0_0-4.safetensors"),
