@@ -33,8 +33,8 @@ STAGES = {
     "preprocess": ["preprocess/{patient}"],
     "train": ["train/trained"],
     "inject": ["inject/trained"],
-    **{stage: [f"{stage}/{{model}}/{{patient}}"] for stage in ("maps", "voxels", "tally")},
-    "cohort": ["cohort/{model}"],
+    **{stage: [f"{stage}/{{model}}/{{patient}}"] for stage in ("maps", "voxels", "tally", "page")},
+    **{stage: [f"{stage}/{{model}}"] for stage in ("cohort", "triage")},
     "comparison": ["comparison"],
     "report": ["report"],
 }
@@ -44,8 +44,9 @@ PASSES = {
     "trained": ["sample/trained/{patient}/member0_0-7"],
     "weights": ["sample/weights/{patient}/member0_0-7", "sample/weights/{patient}/member1_0-7"],
 }
-POOLED = "cohort comparison report"
-FROM_VOXELS = f"voxels tally {POOLED}"
+WITHOUT_PAGE = ("p3",)  # of split calibration
+POOLED = "cohort triage comparison report"
+FROM_VOXELS = f"voxels tally page {POOLED}"
 FROM_MOMENTS = f"maps {FROM_VOXELS}"
 FROM_PASSES = f"passes {FROM_MOMENTS}"
 IGNORED = shutil.ignore_patterns("__pycache__")
@@ -61,6 +62,7 @@ def jobs(stages, models=MODELS, patients=SAMPLED):
         for model in models
         for patient in patients
         for job in (PASSES[model] if stage == "passes" else STAGES[stage])
+        if stage != "page" or patient not in WITHOUT_PAGE
     }
 
 
@@ -190,7 +192,7 @@ def test_settings_that_change_no_number_cost_nothing(study):
 @pytest.mark.parametrize(
     ("file", "redone"),
     [
-        ("workflow/scripts/tally.py", jobs(f"tally {POOLED}")),
+        ("workflow/scripts/tally.py", jobs(f"tally page {POOLED}")),
         ("segtrust/bins.py", jobs(FROM_VOXELS)),
         ("segtrust/report.py", jobs("report")),
         ("segtrust/train.py", jobs("train inject") | jobs(FROM_PASSES, ["trained"])),
@@ -286,14 +288,14 @@ def test_precision_and_backend_redo_passes_and_no_training(study, sample):
 
 def test_the_seed_redoes_all_that_is_drawn(study):
     drawn = jobs(f"train inject {FROM_PASSES}", ["trained", "weights"])
-    assert plan(study, *changed(study, seed=1)) == drawn | jobs("cohort")
+    assert plan(study, *changed(study, seed=1)) == drawn | jobs("cohort triage")
 
 
 # --- settings of maps, tables and the report ---
 
 
-def test_other_maps_redo_maps_and_the_report(study):
-    assert plan(study, *changed(study, maps={"write": ["entropy", "variance"]})) == jobs("maps report")
+def test_other_maps_redo_maps_pages_and_the_report(study):
+    assert plan(study, *changed(study, maps={"write": ["probability", "variance"]})) == jobs("maps page report")
 
 
 @pytest.mark.parametrize("cohort", [{"resamples": 101}, {"bins": [15]}], ids=["resamples", "bins"])
@@ -303,11 +305,16 @@ def test_resampling_and_bins_redo_the_pooled_tables(study, cohort):
 
 @pytest.mark.parametrize("cohort", [{"groups": ["site"]}, {"failure_dice": 0.7}], ids=["groups", "failure_dice"])
 def test_what_only_cohorts_show_redoes_no_comparison(study, cohort):
-    assert plan(study, *changed(study, cohort=cohort)) == jobs("cohort report")
+    assert plan(study, *changed(study, cohort=cohort)) == jobs("cohort triage report")
 
 
-def test_report_settings_redo_the_report_only(study):
-    assert plan(study, *changed(study, report={"background": "t2"})) == jobs("report")
+@pytest.mark.parametrize(
+    ("report", "redone"),
+    [({"title": "Other"}, "report"), ({"background": "t2"}, "page report"), ({"pages": "none"}, "triage report")],
+    ids=["title", "background", "pages"],
+)
+def test_report_settings_redo_what_they_show_only(study, report, redone):
+    assert plan(study, *changed(study, report=report)) == jobs(redone)
 
 
 # --- patients and their files ---
@@ -332,9 +339,9 @@ def test_rows_in_another_order_redo_the_pooled_tables(study):
 
 
 @pytest.mark.parametrize("column", ["subject", "grade"])
-def test_what_the_sheet_says_of_a_patient_redoes_the_pooled_tables(study, column):
+def test_what_the_sheet_says_of_a_patient_redoes_the_pooled_tables_and_pages(study, column):
     write_sheet(study / "patients.tsv", [{**row, column: f"of {row['patient']}"} for row in rows_of(study)])
-    assert plan(study) == jobs(POOLED)
+    assert plan(study) == jobs(f"page {POOLED}")
 
 
 def test_another_coding_redoes_what_reads_the_reference_and_no_pass(study):

@@ -6,6 +6,7 @@ function that is called only where such a job is planned.
 in:   config.yaml, patients.tsv
 """
 
+import gc
 import os
 import re
 import sys
@@ -22,6 +23,8 @@ from segtrust.provenance import code_digest, file_digest
 from segtrust.sources import PATTERN as SOURCES
 from segtrust.study import study_or_message
 
+# a plan is millions of objects that stay: looking for garbage among them as often as usual takes a fifth of the time
+gc.set_threshold(50_000, 20, 100)
 STUDY = study_or_message(config, workflow.is_main_process, WorkflowError)
 config.update(STUDY.config)
 # Snakemake ends a job whose node does not see its inputs as if it were done, and forgets what it said
