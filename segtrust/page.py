@@ -10,15 +10,14 @@ import base64
 import io
 import zlib
 from dataclasses import dataclass
-from pathlib import Path
 
 import nibabel as nib
 import numpy as np
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from PIL import Image
 
 from segtrust.colours import ENTROPY_SHOWN_FROM, REGION_COLOURS
-from segtrust.files import read_json, replacing
+from segtrust.files import read_json
+from segtrust.html import environment, flatten
 from segtrust.measures import binary_entropy
 from segtrust.pool import StoredTally
 from segtrust.preprocess import MODALITIES
@@ -117,7 +116,7 @@ def page(scan, probability, labels, person, numbers, *, model, background, prove
         "lines": table_of(numbers, labels is not None),
         "flags": flags_of(numbers, labels is not None),
         "sheet": sheet_of(person),
-        "provenance": _flattened(provenance),
+        "provenance": flatten(provenance),
         "has_reference": labels is not None,
         "outside": volumes.outside,
         "modalities": MODALITIES,
@@ -128,12 +127,6 @@ def page(scan, probability, labels, person, numbers, *, model, background, prove
     about, parts, step = volumes.coded()
     about |= {**SHOWN, "patient": person.patient, "has_reference": labels is not None, "background": background}
     return environment().get_template("page.html").render(**shown, about=about, parts=parts, step=step)
-
-
-def write_page(path, text):
-    """Write the text of a page."""
-    with replacing(path) as partial:
-        partial.write_text(text, encoding="utf-8")
 
 
 def read_probability(path):
@@ -155,18 +148,6 @@ def read_numbers(path):
         return held["regions"], held["provenance"]
     tally = StoredTally(path)
     return numbers_of(tally), tally.provenance
-
-
-def environment():
-    """Return the Jinja2 environment of all pages; text is escaped."""
-    return Environment(
-        loader=FileSystemLoader(Path(__file__).parent / "templates"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        keep_trailing_newline=True,
-    )
 
 
 # --- numbers ---
@@ -213,13 +194,6 @@ def sheet_of(person):
     if person.subject != person.patient:
         rows.insert(0, ("subject", person.subject))
     return rows + [(name, value) for name, value in person.extra.items() if value != ""]
-
-
-def _flattened(value, prefix=""):
-    rows = []
-    for name, part in sorted(value.items()):
-        rows += _flattened(part, f"{prefix}{name}.") if isinstance(part, dict) else [(f"{prefix}{name}", str(part))]
-    return rows
 
 
 # --- volumes ---

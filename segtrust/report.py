@@ -13,11 +13,11 @@ import nibabel as nib
 import numpy as np
 import pandas as pd
 import pyarrow as pa
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from segtrust import figures
 from segtrust.errors import SegtrustError, raise_if_any
-from segtrust.files import read_json, read_parquet, replacing, write_csv
+from segtrust.files import read_json, read_parquet, write_csv
+from segtrust.html import environment, flatten, write_html
 from segtrust.measures import BETWEEN_MEMBERS, WITHIN_MEMBERS
 from segtrust.methods import methods
 from segtrust.preprocess import MODALITIES, read_preprocessed
@@ -280,7 +280,7 @@ def report(models, results, folder, settings, sheet, excluded=None, sources=None
     evaluated = [run for run in runs if run.evaluated]
     paragraphs, works = methods(evaluated, sheet, said, settings["n_bins"])
     page = (
-        _environment()
+        environment()
         .get_template("index.html")
         .render(
             models=models,
@@ -295,19 +295,7 @@ def report(models, results, folder, settings, sheet, excluded=None, sources=None
             shown_from=figures.ENTROPY_SHOWN_FROM,
         )
     )
-    with replacing(folder / "index.html") as partial:
-        partial.write_text(page, encoding="utf-8")
-
-
-def _environment():
-    return Environment(
-        loader=FileSystemLoader(Path(__file__).parent / "templates"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        keep_trailing_newline=True,
-    )
+    write_html(folder / "index.html", page)
 
 
 def _section(run, results, folder, settings, sheet, reasons):
@@ -386,14 +374,6 @@ def left_out(sheet, evaluated, reasons):
             rows.append((person.patient, reasons.get(person.patient, unknown)))
     others = set(reasons) - evaluated - {person.patient for person in sheet}
     return rows + [(patient, reasons[patient]) for patient in sorted(others)]
-
-
-def flatten(value, prefix=""):
-    """Return [(dotted name, text)] of a nested dict, sorted by name."""
-    rows = []
-    for name, part in sorted(value.items()):
-        rows += flatten(part, f"{prefix}{name}.") if isinstance(part, dict) else [(f"{prefix}{name}", str(part))]
-    return rows
 
 
 def sort_alarms(alarms):

@@ -5,9 +5,9 @@ Patients with a reference come from the table `patients` of the cohort, those wi
 
 import pandas as pd
 
-from segtrust.files import read_json, read_parquet, replacing
+from segtrust.files import read_json, read_parquet
+from segtrust.html import environment
 from segtrust.order import SCORE, with_page
-from segtrust.page import environment
 from segtrust.regions import REGIONS
 
 MEASURED = {"dice": "Dice", SCORE: "Entropy, bits", "volume_ml": "Predicted, ml"}
@@ -116,12 +116,6 @@ def _of_sheet(person):
 def _are_numbers(values):
     known = pd.Series([value for value in values if value != ""], dtype=object)
     return bool(len(known)) and bool(pd.to_numeric(known, errors="coerce").notna().all())
-
-
-def write_triage(path, text):
-    """Write the text of the list."""
-    with replacing(path) as partial:
-        partial.write_text(text, encoding="utf-8")
 
 
 def read_patients(path):

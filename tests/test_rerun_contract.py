@@ -211,7 +211,7 @@ def test_a_statement_redoes_the_stages_that_import_it(study, code, file, redone)
 def test_a_replaced_checkpoint_redoes_its_passes_whatever_its_date_and_size(study, name, member):
     path = study / name
     size = path.stat().st_size
-    content = torch.load(path)
+    content = torch.load(path, weights_only=True)
     content["model"] = build(TRAINED["network"], seed=9).state_dict()
     torch.save(content, path)
     assert path.stat().st_size == size

@@ -2,8 +2,9 @@
 
 import json
 
+from segtrust.html import write_html
 from segtrust.jobs import job
-from segtrust.page import page, read_labels, read_numbers, read_probability, write_page
+from segtrust.page import page, read_labels, read_numbers, read_probability
 from segtrust.patients import Patient
 from segtrust.preprocess import read_preprocessed
 
@@ -22,4 +23,4 @@ with job(snakemake, "page"):
         background=snakemake.params.background,
         provenance={**provenance, "page": {"code": snakemake.params.code}},
     )
-    write_page(snakemake.output.page, text)
+    write_html(snakemake.output.page, text)
