@@ -101,13 +101,6 @@ class Model:
 
 
 def read_models(config):
-    """Return the models of a checked configuration, a dict by name; raise what `models_and_problems` finds wrong."""
-    models, problems = models_and_problems(config)
-    raise_if_any(problems)
-    return models
-
-
-def models_and_problems(config):
     """Return the models of a checked configuration that can be described, a dict by name, and a list of problems.
 
     Problems name every bundle that cannot be used, every checkpoint that is not there, and checkpoints of one

@@ -9,7 +9,7 @@ from segtrust.errors import Problems, SegtrustError, raise_if_any
 from segtrust.files import canonical_json, read_json
 from segtrust.gather import companions, find_passes
 from segtrust.jobs import input_state
-from segtrust.models import models_and_problems, passes_of, plan_chunks
+from segtrust.models import passes_of, plan_chunks, read_models
 from segtrust.patients import SAMPLED_SPLITS, header_problems, read_sheet
 
 
@@ -148,7 +148,7 @@ def read_study(config, check_headers):
         bad = {}
     kept = {name: patient for name, patient in patients.items() if name not in left_out}
     problems = [message for messages in bad.values() for message in messages] + _split_problems(kept.values(), config)
-    models, of_models = models_and_problems(config)
+    models, of_models = read_models(config)
     problems += of_models
     sampled = [name for name, patient in kept.items() if patient.split in SAMPLED_SPLITS]
     # all patients have equally many passes: who has checked that once need not look for everybody's files again

@@ -207,7 +207,9 @@ def test_what_the_config_gives_comes_before_what_the_bundle_says(tmp_path):
     (tmp_path / "models").mkdir()
     (tmp_path / "models/model.pt").touch()
     entry = {"bundle": str(write(tmp_path)), "crop": "foreground"}
-    view = read_models(checked_config({"models": {"m": entry}}))["m"].settings["sample"]
+    models, problems = read_models(checked_config({"models": {"m": entry}}))
+    assert not problems
+    view = models["m"].settings["sample"]
     assert view["crop"] == "foreground"
     assert (view["orientation"], view["window"]) == ("stored", [240, 240, 160])
 

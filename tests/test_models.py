@@ -3,12 +3,14 @@
 import pytest
 
 from segtrust.config import checked_config
-from segtrust.errors import Problems
+from segtrust.errors import Problems, raise_if_any
 from segtrust.models import Weights, passes_of, plan_chunks, read_models
 
 
 def models(entries, **sections):
-    return read_models(checked_config({"models": entries, **sections}))
+    found, problems = read_models(checked_config({"models": entries, **sections}))
+    raise_if_any(problems)
+    return found
 
 
 def test_all_passes_are_one_chunk_unless_asked():

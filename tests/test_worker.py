@@ -50,7 +50,7 @@ def prepared(tmp_path_factory):
     config = checked_config(
         {"models": {"m": {"network": NETWORK, "checkpoint": str(folder / "w.pt"), "outputs": OUTPUTS}}}
     )
-    (folder / "settings.json").write_text(json.dumps(read_models(config)["m"].settings))
+    (folder / "settings.json").write_text(json.dumps(read_models(config)[0]["m"].settings))
     for number in range(3):
         worker.sample_on_gpu(warm=0, log=print, **request(folder, number, device="cpu", output=f"cold{number}"))
     return folder
