@@ -51,8 +51,9 @@ rule cohort:
         "../../envs/segtrust.yaml"
     threads: 2
     resources:
-        mem_mb=lambda wildcards, attempt: 4000 * attempt,
-        runtime=lambda wildcards, attempt: 60 * attempt,
+        cpu=all_threads,
+        mem_mb=each_attempt(4000),
+        runtime=each_attempt(60),
     params:
         settings=STUDY.cohort_settings(),
         patients=evaluated_rows,

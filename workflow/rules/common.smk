@@ -6,11 +6,10 @@ function that is called only where such a job is planned.
 in:   config.yaml, patients.tsv
 """
 
-import gc
 import os
 import re
 import sys
-from functools import cache, partial
+from functools import cache
 
 from snakemake.exceptions import WorkflowError
 
@@ -19,12 +18,12 @@ from segtrust.files import canonical_json, remove_leftovers
 from segtrust.gather import companions, find_passes
 from segtrust.gpus import SHARES
 from segtrust.order import read_order, with_page
+from segtrust.planning import quicken_plans
 from segtrust.provenance import code_digest, file_digest
 from segtrust.sources import PATTERN as SOURCES
 from segtrust.study import study_or_message
 
-# a plan is millions of objects that stay: looking for garbage among them as often as usual takes a fifth of the time
-gc.set_threshold(50_000, 20, 100)
+quicken_plans()
 STUDY = study_or_message(config, workflow.is_main_process, WorkflowError)
 config.update(STUDY.config)
 # Snakemake ends a job whose node does not see its inputs as if it were done, and forgets what it said
@@ -42,13 +41,28 @@ wildcard_constraints:
 
 
 def code(stage):
-    """Return the function of wildcards that gives the digest of a stage's code; it is computed once."""
-    digest = cache(partial(code_digest, f"{SCRIPTS}/{stage}.py"))
+    """Return the digest of a stage's code; for a job, which needs one stage's, a function of wildcards that gives it."""
+    script = f"{SCRIPTS}/{stage}.py"
+    if workflow.is_main_process:
+        return code_digest(script)
 
     def code_of(wildcards):
-        return digest()
+        return code_digest(script)
 
     return code_of
+
+
+def each_attempt(amount):
+    """Return the function that gives memory or time of a job: an amount that grows with its attempts."""
+
+    def amount_of(wildcards, attempt):
+        return amount * attempt
+
+    return amount_of
+
+
+def all_threads(wildcards, threads):
+    return threads
 
 
 def model_of(wildcards):
@@ -193,8 +207,13 @@ def sample_settings(wildcards):
 # --- gather ---
 
 
+@cache
+def passes_found(model, patient):
+    return list(find_passes(STUDY.models[model].predictions, patient).values())
+
+
 def predictions_of(wildcards):
-    return list(find_passes(model_of(wildcards).predictions, wildcards.patient).values())
+    return passes_found(wildcards.model, wildcards.patient)
 
 
 def companions_of(wildcards):

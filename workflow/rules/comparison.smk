@@ -24,8 +24,9 @@ rule comparison:
         "../../envs/segtrust.yaml"
     threads: 2
     resources:
-        mem_mb=lambda wildcards, attempt: 5000 * attempt,
-        runtime=lambda wildcards, attempt: 60 * len(STUDY.models) * attempt,
+        cpu=all_threads,
+        mem_mb=each_attempt(5000),
+        runtime=each_attempt(60 * len(STUDY.models)),
     params:
         settings=STUDY.comparison_settings(),
         patients=evaluated_rows,

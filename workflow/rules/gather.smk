@@ -21,8 +21,8 @@ rule gather:
     conda:
         "../../envs/segtrust.yaml"
     resources:
-        mem_mb=lambda wildcards, attempt: 6000 * attempt,
-        runtime=lambda wildcards, attempt: 20 * attempt,
+        mem_mb=each_attempt(6000),
+        runtime=each_attempt(20),
     params:
         settings=gather_settings,
         code=code("gather"),

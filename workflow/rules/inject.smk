@@ -26,10 +26,11 @@ rule inject:
         "../../envs/segtrust.yaml"
     threads: 8
     resources:
+        cpu=all_threads,
         gpu=GPU,
         gpu_shares=SHARES * GPU,
-        mem_mb=lambda wildcards, attempt: 6000 * attempt,
-        runtime=lambda wildcards, attempt: 240 * attempt,
+        mem_mb=each_attempt(6000),
+        runtime=each_attempt(240),
     params:
         settings=sample_settings,
         code=code("inject"),

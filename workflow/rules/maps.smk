@@ -18,8 +18,8 @@ rule maps:
     conda:
         "../../envs/segtrust.yaml"
     resources:
-        mem_mb=lambda wildcards, attempt: 5000 * attempt,
-        runtime=lambda wildcards, attempt: 10 * attempt,
+        mem_mb=each_attempt(5000),
+        runtime=each_attempt(10),
     params:
         settings=STUDY.settings("maps"),
         code=code("maps"),

@@ -17,8 +17,8 @@ rule preprocess:
     conda:
         "../../envs/segtrust.yaml"
     resources:
-        mem_mb=lambda wildcards, attempt: 2000 * attempt,
-        runtime=lambda wildcards, attempt: 10 * attempt,
+        mem_mb=each_attempt(2000),
+        runtime=each_attempt(10),
     params:
         code=code("preprocess"),
         modalities=modalities_of,

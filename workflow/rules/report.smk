@@ -24,8 +24,8 @@ rule report:
     conda:
         "../../envs/segtrust.yaml"
     resources:
-        mem_mb=lambda wildcards, attempt: 2000 * attempt,
-        runtime=lambda wildcards, attempt: 20 * attempt,
+        mem_mb=each_attempt(2000),
+        runtime=each_attempt(20),
     params:
         settings=STUDY.report_settings(),
         models=list(STUDY.models),

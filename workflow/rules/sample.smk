@@ -26,8 +26,8 @@ rule sample:
         # on one machine: a patient is begun while another is computed, and a job that waits for a GPU needs no processor
         gpu_shares=GPU,
         cpu=1 - GPU,
-        mem_mb=lambda wildcards, attempt: 4000 * attempt,
-        runtime=lambda wildcards, attempt: 60 * attempt,
+        mem_mb=each_attempt(4000),
+        runtime=each_attempt(60),
     params:
         settings=sample_settings,
         code=code("sample"),

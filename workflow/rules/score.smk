@@ -18,8 +18,8 @@ rule score:
     conda:
         "../../envs/segtrust.yaml"
     resources:
-        mem_mb=lambda wildcards, attempt: 6000 * attempt,
-        runtime=lambda wildcards, attempt: 10 * attempt,
+        mem_mb=each_attempt(6000),
+        runtime=each_attempt(10),
     params:
         code=code("score"),
         passes=passes_wanted,

@@ -17,8 +17,8 @@ rule tally:
     conda:
         "../../envs/segtrust.yaml"
     resources:
-        mem_mb=lambda wildcards, attempt: 2500 * attempt,
-        runtime=lambda wildcards, attempt: 10 * attempt,
+        mem_mb=each_attempt(2500),
+        runtime=each_attempt(10),
     params:
         code=code("tally"),
     script:

@@ -34,10 +34,11 @@ rule train:
         "../../envs/segtrust.yaml"
     threads: 8
     resources:
+        cpu=all_threads,
         gpu=GPU,
         gpu_shares=SHARES * GPU,
-        mem_mb=lambda wildcards, attempt: 16000 * attempt,
-        runtime=lambda wildcards, attempt: 1440 * attempt,
+        mem_mb=each_attempt(16000),
+        runtime=each_attempt(1440),
     params:
         settings=train_settings,
         code=code("train"),

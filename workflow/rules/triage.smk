@@ -21,8 +21,8 @@ checkpoint triage:
     conda:
         "../../envs/segtrust.yaml"
     resources:
-        mem_mb=lambda wildcards, attempt: 2000 * attempt,
-        runtime=lambda wildcards, attempt: 10 * attempt,
+        mem_mb=each_attempt(2000),
+        runtime=each_attempt(10),
     params:
         pages=canonical_json(STUDY.config["report"]["pages"]),
         patients=tested_rows,

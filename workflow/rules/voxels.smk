@@ -19,8 +19,8 @@ rule voxels:
     conda:
         "../../envs/segtrust.yaml"
     resources:
-        mem_mb=lambda wildcards, attempt: 6000 * attempt,
-        runtime=lambda wildcards, attempt: 10 * attempt,
+        mem_mb=each_attempt(6000),
+        runtime=each_attempt(10),
     params:
         code=code("voxels"),
         coding=coding_of,
