@@ -7,9 +7,9 @@ preprocess ──► train (where a model is trained here)│
     └────────► sample ◄─────────────────────────────┘     gather ◄── predictions made elsewhere
                   └────────────► moments ◄───────────────────┘
                   ┌─────────────────┼─────────────────┐
-                score             maps             voxels ──► tally ──► cohort ──► report
-         (without reference)        │                           │          └─────► triage (a list of the patients)
-                                    └───────► page ◄────────────┴─────► comparison (of every two models)
+                score             maps             voxels ──► tally ──► cohort ───────► report
+         (without reference)        │                           │          └──► triage ───┘
+                                    └───────► page ◄────────────┴─────► comparison ───────┘
 """
 
 if not workflow.overwrite_configfiles:

@@ -12,7 +12,7 @@ import pandas as pd
 import pyarrow as pa
 
 from segtrust import alarms, intervals, metrics, strata
-from segtrust.bins import score_of_coarse
+from segtrust.bins import FN, FP, SCORE_BINS, TN, TP, score_of_coarse
 from segtrust.errors import SegtrustError
 from segtrust.masks import BANDS, MASKS
 from segtrust.measures import ENTROPY_4CLASS, MEASURES, MEMBER_MEASURES, OWN_ERRORS
@@ -42,6 +42,9 @@ TOO_SMALL = f"none: fewer than {LEAST_CASES_OF_GROUP} cases in the group"
 
 LEAST_PASSES_FOR_VOLUMES = 19
 CURVE_POINTS = 101
+# measures in bits whose values on wrong and correct voxels are shown; edges of score bins fall on these bins' edges
+DISTRIBUTED = ("entropy", "deterministic_entropy")
+DISTRIBUTION_BINS = 40
 
 
 @dataclass(frozen=True)
@@ -471,7 +474,10 @@ def _pooled_curves(curves, draws, pooled):
     """Add the curves of one row of pooled voxels."""
     keys = {"region": pooled.region, "mask": pooled.mask, "measure": pooled.measure}
     if pooled.ue_dice is not None:
-        _ranking_curves(curves, pooled.total.scores(*keys.values()), keys)
+        scores = pooled.total.scores(*keys.values())
+        _ranking_curves(curves, scores, keys)
+        if pooled.measure in DISTRIBUTED:
+            _distributions(curves, scores, keys)
         return
     n_subjects = draws.count_subjects(pooled.n_voxels > 0)
     for (kind, bins), fractions in pooled.bands.items():
@@ -498,6 +504,21 @@ def _ranking_curves(curves, total, keys):
     kept = kept[wrong[kept] > 0]
     precision = wrong[kept] / (wrong + right)[kept]
     curves.add("pr", sensitivity[kept], precision, pooling="pooled", n=(wrong + right)[kept], **keys)
+
+
+def _distributions(curves, total, keys):
+    """Add how the scores of wrong and of correct pooled voxels are distributed, in equal bins on [0, 1].
+
+    total : (n_score_bins, 4), voxels that are TP, FP, FN, TN; a point is the middle of a bin and its share of voxels
+    """
+    edges = np.arange(DISTRIBUTION_BINS + 1) / DISTRIBUTION_BINS
+    bins = np.minimum(np.searchsorted(edges, SCORE_BINS.edges[: len(total)], side="right") - 1, DISTRIBUTION_BINS - 1)
+    counts = np.zeros((DISTRIBUTION_BINS, 4), np.int64)
+    np.add.at(counts, bins, total)
+    for outcome, n in (("wrong", counts[:, FP] + counts[:, FN]), ("correct", counts[:, TP] + counts[:, TN])):
+        if n.any():
+            middles = (edges[1:] + edges[:-1]) / 2
+            curves.add(f"distribution_{outcome}", middles, n / n.sum(), pooling="pooled", n=n, **keys)
 
 
 def _thinned(path):

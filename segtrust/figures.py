@@ -1,349 +1,521 @@
-"""Charts of the report: each function takes tables or arrays and returns a matplotlib Figure.
+"""Figures of one model: which rows of its tables each chart draws, and the caption that says how to read it."""
 
-A region has one colour and one marker everywhere. The colours differ by at least 30 CIELAB units from one another
-under simulated protanopia, deuteranopia and tritanopia, and stand out from white and from near-black paper alike.
-"""
+from dataclasses import dataclass, field
 
-import re
-from io import StringIO
-
-import matplotlib as mpl
 import numpy as np
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.colors import ListedColormap, Normalize
-from matplotlib.figure import Figure
-from matplotlib.ticker import EngFormatter, LogLocator, NullLocator
+import pandas as pd
 
-from segtrust.colours import ENTROPY_SHOWN_FROM, REGION_COLOURS
-from segtrust.files import replacing
+from segtrust import charts
+from segtrust.main_table import CALIBRATION_MASKS, CONVERGING, KINDS, MAIN_TABLE, find_row
+from segtrust.numerals import interval_text, number
 from segtrust.regions import REGIONS
 
-REGION_MARKERS = dict(zip(REGIONS, ("o", "s", "^"), strict=True))
+# the score of a patient that strata are cut by (definitions, section 8)
+SCORE_MEASURE = "entropy"
+SCORE_AGGREGATION = "predicted_5mm_mean"
+SCORE = f"score_{SCORE_AGGREGATION}_{SCORE_MEASURE}"
 
-# an axis shows at least this much of [0, 1]: a smaller change over passes means nothing
-LEAST_SPAN = 0.05
+# cases whose prediction is empty have no score and stand apart
+UNSCORED = {"missing_region_missed": "missed", "missing_region_absent": "absent"}
 
-# paper and ink of a chart, and what takes their place on a dark page; no other part of a chart has these colours
-PAPER, INK, MUTED, GRID = "#ffffff", "#1b1f24", "#5b6470", "#e1e5ea"
-DARK = {PAPER: "#1b1f26", INK: "#e8eaed", MUTED: "#a3acb7", GRID: "#343b45"}
+# masks to choose from, the one that papers show first
+CALIBRATION_CHOICE = (*CALIBRATION_MASKS, "plausible", "predicted", "union", "reference")
+RANKING_CHOICE = ("brain", "predicted_5mm", "plausible", "tumour_5mm", "union", "boundary_3mm")
+DISTRIBUTION_CHOICE = ("predicted_5mm", "brain", "plausible", "tumour_5mm")
 
-_STYLE = {
-    "font.family": "DejaVu Sans",
-    "font.size": 9,
-    "axes.linewidth": 0.8,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "xtick.major.size": 3,
-    "ytick.major.size": 3,
-    "svg.hashsalt": "segtrust",  # the same tables give the same bytes
-    "svg.fonttype": "path",
-}
+RANKED = ("entropy", "mutual_information", "variance", "deterministic_entropy", "boundary_proximity")
+TRIAGED = ("entropy", "deterministic_entropy", "boundary_proximity", "predicted_volume")
+PARTS_OF_QU_BRATS = {"qu_brats_dsc": "Dice kept", "qu_brats_ftp": "filtered TP", "qu_brats_ftn": "filtered TN"}
 
-
-def save_chart(figure, folder, name):
-    """Write a chart as `name.svg` for light and `name_dark.svg` for dark pages; the same chart gives the same bytes."""
-    text = StringIO()
-    with mpl.rc_context(_STYLE):
-        figure.savefig(text, format="svg", metadata={"Date": None, "Creator": None}, facecolor=PAPER)
-    light = text.getvalue()
-    for ending, svg in ((".svg", light), ("_dark.svg", darkened(light))):
-        with replacing(folder / f"{name}{ending}") as partial:
-            partial.write_text(svg, encoding="utf-8")
+CONDITIONAL = (
+    "Masks built from the reference (`tumour_5mm`, `union`, `reference`, `boundary_3mm`) select on the outcome: there, "
+    "a perfectly calibrated model has errors above 0."
+)
+BASELINES = (
+    "Grey: baselines that need no passes, `deterministic_entropy` of one ordinary pass and `boundary_proximity`, the "
+    "distance to the predicted boundary alone. Uncertainty from passes is worth something where its line beats both."
+)
 
 
-def darkened(svg):
-    """Return the text of an SVG with paper and ink exchanged for those of a dark page."""
-    return re.sub("|".join(DARK), lambda match: DARK[match[0]], svg)
+@dataclass(frozen=True)
+class Panel:
+    """A chart of a figure. name : of its files; chart : None where there is nothing to draw, with the reason why."""
+
+    name: str
+    label: str
+    chart: object = None
+    alt: str = ""
+    reason: str = ""
 
 
-def save_slice(figure, path):
-    """Write a picture of a scan as PNG, without a date inside."""
-    with mpl.rc_context(_STYLE), replacing(path) as partial:
-        figure.savefig(partial, metadata={"Software": None}, facecolor=figure.get_facecolor(), dpi=160)
+@dataclass(frozen=True)
+class Figure:
+    """Charts side by side under one caption, in which `code` is marked by backticks. masks : to choose from."""
+
+    key: str
+    heading: str
+    caption: str
+    panels: list = field(default_factory=list)
+    masks: tuple = ()
+
+    @property
+    def drawn(self):
+        return [panel for panel in self.panels if panel.chart is not None]
 
 
-def reliability(curves, region, kind, n_bins):
-    """Draw a reliability diagram above the number of voxels in each bin.
+def figures_of(run, n_bins, pages):
+    """Return the Figures of an evaluated model, without those of which nothing can be drawn.
 
-    curves : dict of mask name to (x, y, low, high, n), arrays over the non-empty bins: mean probability, fraction,
-        bootstrap band of the fraction (NaN where there is none) and voxels. The first mask is drawn solid, a second
-        one dashed.
-    region : WT, TC or ET
-    kind : `class_probability` or `top_label`
-    n_bins : number of equal-width bins on [0, 1]
+    run : `segtrust.report.ModelFiles`; n_bins : of calibration; pages : {patient: address of its page}
     """
-    top_label = kind == "top_label"
-    with mpl.rc_context(_STYLE):
-        figure = _figure((3.5, 4.5), left=0.19, right=0.965, bottom=0.1, top=0.93, hspace=0.09)
-        diagram, counts = figure.subplots(2, 1, sharex=True, height_ratios=(3.4, 1))
-        for axes in (diagram, counts):
-            _dress(axes)
-        diagram.plot([0, 1], [0, 1], color=MUTED, linewidth=0.9, linestyle=(0, (1, 2)))
-        for (mask, (x, y, low, high, n)), dashed in zip(curves.items(), (False, True), strict=False):
-            _draw_reliability(diagram, x, y, low, high, region, mask, dashed)
-            _draw_counts(counts, x, n, n_bins, region, dashed)
-        too_high, too_low = ("over-confident", "under-confident") if top_label else ("probability too high", "too low")
-        note = {"fontsize": 7.5, "color": MUTED, "transform": diagram.transAxes}
-        diagram.text(0.97, 0.04, too_high, ha="right", va="bottom", **note)
-        diagram.text(0.03, 0.97, too_low, ha="left", va="top", **note)
-        diagram.set_xlim(0.5 if top_label else 0, 1)
-        diagram.set_ylim(0, 1)
-        diagram.set_title(region, loc="left", color=REGION_COLOURS[region], fontweight="bold", fontsize=11, pad=9)
-        diagram.set_ylabel("fraction of voxels correct" if top_label else "fraction of voxels in reference")
-        counts.set_xlabel("mean confidence of the bin" if top_label else "mean probability of the bin")
-        counts.set_ylabel("voxels")
-        counts.set_yscale("log")
-        counts.yaxis.set_major_locator(LogLocator(numticks=4))
-        counts.yaxis.set_major_formatter(EngFormatter(sep=""))
-        counts.yaxis.set_minor_locator(NullLocator())
-        diagram.legend(
-            loc="lower right",
-            bbox_to_anchor=(1.01, 1.02),
-            ncols=2,
-            frameon=False,
-            fontsize=7.5,
-            labelcolor=INK,
-            handlelength=2.4,
-            columnspacing=1.2,
-            borderaxespad=0,
+    people = run.patients["patient"].nunique()
+    found = [
+        *(_reliability(run, kind, n_bins, people) for kind in KINDS),
+        _roc(run, people),
+        _precision_recall(run, people),
+        _distribution(run, people),
+        _distances(run, people),
+        _retention(run, people),
+        _strata(run, pages),
+        _scatter(run, pages),
+        _risk_coverage(run, people),
+        _qu_brats(run, people),
+        _convergence(run, n_bins, people),
+    ]
+    return [figure for figure in found if figure.drawn]
+
+
+def _where(table, **wanted):
+    """Return the rows of a table whose columns have the values wanted; None is null, a tuple is any of it."""
+    chosen = pd.Series(True, index=table.index)
+    for column, value in wanted.items():
+        if value is None:
+            chosen &= table[column].isna()
+        elif isinstance(value, tuple):
+            chosen &= table[column].isin(value)
+        else:
+            chosen &= table[column] == value
+    return table[chosen]
+
+
+def _in_order(table, column, order):
+    """Return a table's rows by the order of one of its columns, and otherwise as they were."""
+    places = {name: place for place, name in enumerate(order)}
+    return table.assign(_place=table[column].map(places)).sort_values("_place", kind="stable").drop(columns="_place")
+
+
+def _panels(run, key, chart_of, nothing):
+    """Return a Panel a region; chart_of : region → (chart, alt), or None where there is nothing."""
+    panels = []
+    for region in REGIONS:
+        made, name = chart_of(region), f"{run.name}_{key}_{region}"
+        panels.append(Panel(name, region, *made) if made else Panel(name, region, reason=f"{region}: {nothing}."))
+    return panels
+
+
+def _masks_in(choice, tables):
+    held = set().union(*(table["mask"].unique() for table in tables))
+    return tuple(mask for mask in choice if mask in held)
+
+
+def _final(metrics, **wanted):
+    """Return rows of metrics after all passes, without recalibration."""
+    rows = _where(metrics, **wanted)
+    rows = rows[rows["passes"].isna() | (rows["passes"] == metrics["passes"].max())]
+    return rows[rows["recalibration"].isna() | (rows["recalibration"] == "none")]
+
+
+# --- calibration ---
+
+
+def reliability_points(curves, kind, region, n_bins):
+    """Return the non-empty bins of the pooled reliability diagrams of a region, by mask in the order of choice."""
+    rows = _where(
+        curves, curve=f"reliability_{kind}", region=region, measure="probability", pooling="pooled", n_bins=n_bins
+    )
+    rows = _where(rows[rows["n"] > 0], mask=CALIBRATION_CHOICE).sort_values("x", kind="stable")
+    return _in_order(rows, "mask", CALIBRATION_CHOICE)[["mask", "x", "y", "low", "high", "n"]]
+
+
+def _reliability(run, kind, n_bins, people):
+    tables = {region: reliability_points(run.curves, kind, region, n_bins) for region in REGIONS}
+
+    def chart_of(region):
+        points = tables[region]
+        if points.empty:
+            return None
+        said = "; ".join(
+            f"{mask}: {len(part)} bins, {int(part['n'].sum()):,} voxels"
+            for mask, part in points.groupby("mask", sort=False)
+            if mask in CALIBRATION_MASKS
         )
-        for axes in (diagram, counts):
-            axes.yaxis.set_label_coords(-0.15, 0.5)
-    return figure
+        return charts.reliability(points, region, kind, n_bins), said
 
-
-def _draw_reliability(axes, x, y, low, high, region, mask, dashed):
-    colour = REGION_COLOURS[region]
-    if not dashed:
-        axes.fill_between(x, low, high, color=colour, alpha=0.2, linewidth=0)
-    axes.plot(
-        x,
-        y,
-        color=colour,
-        marker=REGION_MARKERS[region],
-        markersize=3.5 if dashed else 4.5,
-        markerfacecolor="none" if dashed else colour,
-        linewidth=1 if dashed else 1.6,
-        linestyle="--" if dashed else "-",
-        label=mask,
-        clip_on=False,
-        zorder=3,
+    if kind == "class_probability":
+        heading = "Is a probability of 0.8 right eight times in ten?"
+        reading = (
+            "Across: mean probability of the region in a bin. Up: fraction of its voxels that the reference calls the "
+            "region. A calibrated model follows the dotted diagonal; below it, probabilities are too high. "
+            "This is what "
+            "`ece_class_probability` sums up."
+        )
+    else:
+        heading = "Is the chosen label right as often as its confidence says?"
+        reading = (
+            "Across: mean confidence in a bin, the probability of the label that was chosen (at least 0.5). Up: "
+            "fraction of its voxels that are labelled right. Below the dotted diagonal, the model is over-confident. "
+            "This is what `ece_top_label` sums up."
+        )
+    caption = (
+        f"{reading} Solid: the chosen mask (in papers `predicted_5mm`, the predicted region and 5 mm around it), with "
+        "its 95 % bootstrap band over subjects; dashed: `brain`. Below, voxels in each bin on a logarithmic axis: a "
+        f"point over few voxels weighs little. {CONDITIONAL} {people:,} patients pooled, {n_bins} bins, probabilities "
+        "in [0, 1]."
     )
-
-
-def _draw_counts(axes, x, n, n_bins, region, dashed):
-    bins = np.clip(np.floor(np.asarray(x) * n_bins), 0, n_bins - 1)
-    colour = REGION_COLOURS[region]
-    look = (
-        {"fill": False, "edgecolor": colour, "linestyle": "--", "linewidth": 0.9}
-        if dashed
-        else {"color": colour, "alpha": 0.75, "linewidth": 0}
+    panels = _panels(
+        run, f"reliability_{kind}", chart_of, "no voxels in predicted_5mm or brain, so there is no diagram"
     )
-    axes.bar((bins + 0.5) / n_bins, n, width=0.86 / n_bins, **look)
+    return Figure(f"reliability_{kind}", heading, caption, panels, _masks_in(CALIBRATION_CHOICE, tables.values()))
 
 
-def strata(groups, region):
-    """Draw every patient's Dice by stratum of uncertainty, with the median and its interval.
+# --- ranking of errors ---
 
-    groups : list of dicts in the order of the axis: `label`, `dice` (array), `median`, `low`, `high` (NaN where
-        there is none) and `apart` (True for patients without a score)
-    region : WT, TC or ET
+
+def _ranking_points(run, curve, region, metrics):
+    """Return the points of pooled curves of a region, with the metrics of each whole curve beside them."""
+    rows = _where(run.curves, curve=curve, region=region, measure=RANKED, mask=RANKING_CHOICE)
+    points = rows[["mask", "measure", "point", "x", "y"]]
+    for metric in metrics:
+        values = _final(run.metrics, region=region, metric=metric, pooling="pooled", aggregation=None)
+        values = values[["mask", "measure", "value"]].rename(columns={"value": metric})
+        points = points.merge(values, on=["mask", "measure"], how="left")
+    return _in_order(points, "mask", RANKING_CHOICE)
+
+
+def _ranking(run, key, curve, metrics, draw, heading, caption):
+    tables = {region: _ranking_points(run, curve, region, metrics) for region in REGIONS}
+
+    def chart_of(region):
+        points = tables[region]
+        if points.empty:
+            return None
+        first = points[points["mask"] == points["mask"].iloc[0]].drop_duplicates("measure")
+        named = ", ".join(f"{row.measure} {number(getattr(row, metrics[0]))}" for row in first.itertuples())
+        return draw(points, region), f"on {first['mask'].iloc[0]}: {named}"
+
+    panels = _panels(run, key, chart_of, "no mask has both wrong and correct voxels, so there is no curve")
+    return Figure(key, heading, caption, panels, _masks_in(RANKING_CHOICE, tables.values()))
+
+
+def _roc(run, people):
+    caption = (
+        "ROC of uncertainty against error. As the threshold falls, more voxels are flagged as uncertain. Up: share of "
+        "the wrong voxels that are flagged; across: share of the correct ones. The higher and further "
+        "left, the better; "
+        f"the area is the AUROC, 0.5 (the diagonal) is chance. {BASELINES} On a mask with many easy voxels, such as "
+        f"`brain`, every line is high. {people:,} patients pooled."
+    )
+    return _ranking(run, "roc", "roc", ("auroc",), charts.roc, "Are wrong voxels the uncertain ones?", caption)
+
+
+def _precision_recall(run, people):
+    caption = (
+        "Precision and recall of uncertainty against error. As the threshold falls, more voxels are flagged. Across: "
+        "share of the wrong voxels that are flagged; up: share of the flagged voxels that are wrong. Dotted: the error "
+        "rate, what chance would reach; a precision is unreadable without it. Where few voxels are wrong, this says "
+        f"more than the ROC. {BASELINES} {people:,} patients pooled."
+    )
+    draw = charts.precision_recall
+    heading = "If only uncertain voxels were checked, how many would be wrong?"
+    return _ranking(run, "precision_recall", "pr", ("aupr", "error_rate"), draw, heading, caption)
+
+
+def _distribution(run, people):
+    def points_of(region):
+        names = {"distribution_wrong": "wrong", "distribution_correct": "correct"}
+        rows = _where(run.curves, curve=tuple(names), region=region, measure="entropy", mask=DISTRIBUTION_CHOICE)
+        half = rows["x"].min() if len(rows) else 0
+        rows = rows.assign(outcome=rows["curve"].map(names), low=rows["x"] - half, high=rows["x"] + half)
+        return _in_order(rows, "mask", DISTRIBUTION_CHOICE)[["mask", "outcome", "low", "high", "y", "n"]]
+
+    tables = {region: points_of(region) for region in REGIONS}
+
+    def chart_of(region):
+        points = tables[region]
+        if points.empty:
+            return None
+        sums = points[points["mask"] == points["mask"].iloc[0]].groupby("outcome")["n"].sum()
+        return charts.distribution(points, region), "; ".join(f"{n:,} {outcome} voxels" for outcome, n in sums.items())
+
+    caption = (
+        "Entropy of wrong voxels (coloured) and of correct ones (grey): share of each kind of voxel in 40 bins, on a "
+        "logarithmic axis. Good: the coloured distribution lies to the right of the grey one. Wrong voxels at the left "
+        f"edge are errors made with confidence, which no threshold finds. {people:,} patients pooled."
+    )
+    panels = _panels(run, "distribution", chart_of, "no voxels, so there is no distribution")
+    masks = _masks_in(DISTRIBUTION_CHOICE, tables.values())
+    return Figure("distribution", "How sure are wrong voxels?", caption, panels, masks)
+
+
+def _distances(run, people):
+    names = {"error_rate": "error rate", "mean_uncertainty": "mean entropy, bits"}
+
+    def chart_of(region):
+        rows = _final(run.metrics, region=region, metric=tuple(names), pooling="pooled", measure="entropy")
+        rows = _where(rows, mask=tuple(charts.BANDS_IN_ORDER)).dropna(subset="value")
+        if rows.empty:
+            return None
+        columns = {"mask": "band", "value": "y", "ci_low": "low", "ci_high": "high", "n_voxels": "n"}
+        points = rows.assign(quantity=rows["metric"].map(names)).rename(columns=columns)
+        points = points[["band", "quantity", "y", "low", "high", "n"]].astype({"n": float})
+        near = points[points["band"] == "outside_0_1mm"]
+        said = ", ".join(f"{row.quantity} {number(row.y, 2)}" for row in near.itertuples())
+        return charts.distances(points, region), f"within 1 mm outside: {said}" if said else ""
+
+    caption = (
+        "By distance to the surface of the reference, outside to the left and inside to the right: how "
+        "often a voxel is "
+        "labelled wrong (coloured) and how uncertain it is (grey, dashed), with 95 % intervals over subjects. Errors "
+        "lie at the surface. Good: entropy falls with the error rate on both sides. Entropy that stays "
+        "low while errors "
+        "reach far from the surface misses whole parts of a tumour, and that is what boundary distance cannot tell "
+        f"either. {people:,} patients pooled."
+    )
+    panels = _panels(run, "distances", chart_of, "no voxel has a distance to its reference")
+    return Figure("distances", "Where do errors and uncertainty lie?", caption, panels)
+
+
+def _retention(run, people):
+    def chart_of(region):
+        rows = _where(run.curves, curve="retention", region=region, measure=RANKED, pooling="patient_mean")
+        if rows.empty:
+            return None
+        start = rows[(rows["measure"] == "entropy") & (rows["x"] == 0)]
+        area = _final(run.metrics, region=region, metric="retention_area_normalised", measure="entropy")
+        said = [f"Dice {number(value, 2)} with nothing replaced" for value in start["y"]]
+        said += [f"normalised area {number(value, 2)}" for value in area["value"].dropna()]
+        return charts.retention(rows[["measure", "x", "y", "low", "high"]], region), ", ".join(said)
+
+    caption = (
+        "Dice when the most uncertain voxels of the brain are handed to a reader and replaced by the reference, mean "
+        "over patients; the band is the 95 % interval of entropy. Good: a line that rises steeply at the left, so that "
+        f"little reading repairs much. {BASELINES} {people:,} patients."
+    )
+    panels = _panels(run, "retention", chart_of, "no patient has a curve")
+    return Figure("retention", "How much reading would repair the segmentation?", caption, panels)
+
+
+# --- patients ---
+
+
+def stratum_groups(strata, patients, region):
+    """Return the strata of one region, a list of dicts in the order of the axis.
+
+    Keys: `label`, `patients` (DataFrame with `patient`, `dice`), `median`, `low`, `high` (NaN where there is none) and
+    `apart` (True for patients without a score). Quartiles where they exist, else halves; the patients without a
+    predicted region follow, apart. Patients are put into strata by the score ranges of the table.
     """
-    colour = REGION_COLOURS[region]
-    with mpl.rc_context(_STYLE):
-        figure = _figure((3.5, 3.3), left=0.19, right=0.965, bottom=0.15, top=0.9)
-        axes = figure.subplots()
-        _dress(axes)
-        for position, group in enumerate(groups):
-            axes.scatter(
-                position + _spread(group["dice"]),
-                group["dice"],
-                s=15,
-                marker=REGION_MARKERS[region],
-                facecolor="none" if group["apart"] else colour,
-                edgecolor=colour,
-                linewidth=0.8,
-                alpha=0.55,
-                clip_on=False,
+    rows = _where(strata, region=region, measure=SCORE_MEASURE, aggregation=SCORE_AGGREGATION)
+    schemes = [scheme for scheme in ("quartiles", "halves") if (rows["scheme"] == scheme).any()]
+    rows = rows[rows["scheme"] == schemes[0]] if schemes else rows.iloc[:0]
+    people = patients[patients["region"] == region]
+    score = people[SCORE]
+    groups = []
+    for row in rows.itertuples():
+        if row.stratum == "missing_region":
+            continue  # its two halves are shown instead
+        apart = row.stratum in UNSCORED
+        if apart:
+            both_empty = people["both_empty"].astype(bool)
+            inside = score.isna() & (both_empty if row.stratum == "missing_region_absent" else ~both_empty)
+        else:
+            inside = score.between(row.score_low, row.score_high)
+        groups.append(
+            {
+                "label": UNSCORED.get(row.stratum, row.stratum),
+                "patients": people.loc[inside, ["patient", "dice"]].dropna(),
+                "median": _float(row.median_dice),
+                "low": _float(row.ci_low),
+                "high": _float(row.ci_high),
+                "apart": apart,
+            }
+        )
+    return sorted(groups, key=lambda group: group["apart"])
+
+
+def _float(value):
+    return np.nan if pd.isna(value) else float(value)
+
+
+def cutoff_source(strata):
+    """Say in words where the cut-offs of the strata come from."""
+    words = {"calibration": "the calibration split", "in_sample": "these same patients (in sample)"}
+    sources = sorted(strata["cutoff_source"].dropna().unique())
+    return " and ".join(words.get(source, source) for source in sources) or "nowhere"
+
+
+def _strata(run, pages):
+    def chart_of(region):
+        groups = stratum_groups(run.strata, run.patients, region)
+        groups = [group for group in groups if len(group["patients"]) or not group["apart"]]
+        if not any(len(group["patients"]) for group in groups):
+            return None
+        people = pd.concat(
+            [group["patients"].assign(stratum=group["label"], apart=group["apart"]) for group in groups]
+        ).rename(columns={"dice": "y"})
+        people = people.assign(href=people["patient"].map(pages))
+        medians = pd.DataFrame(
+            [
+                {"stratum": group["label"], "y": group["median"], "n": len(group["patients"])}
+                | {name: group[name] for name in ("low", "high")}
+                for group in groups
+            ]
+        )
+        said = "; ".join(
+            f"{row.stratum}: {row.n} patients, median {number(row.y if np.isfinite(row.y) else None, 2)}"
+            for row in medians.itertuples()
+        )
+        return charts.strata(people.astype({"apart": bool}), medians, region), said
+
+    caption = (
+        "Every point is a patient; the bar is the median Dice of the stratum and the thin line its 95 % interval (none "
+        "with too few patients). Strata run from certain (left) to uncertain, by the mean entropy in `predicted_5mm`: "
+        "Q1 to Q4 are quartiles, H1 and H2 halves (fewer than 8 patients). Good: Dice falls from left to right, so the "
+        f"uncertain stratum is the one to look at. Cut-offs come from {cutoff_source(run.strata)}. Patients whose "
+        "prediction of the region is empty have no score and stand apart: missed (the reference has it, Dice 0) or "
+        "absent (neither has it, Dice 1 by convention)."
+    )
+    panels = _panels(run, "strata", chart_of, "no patient has a Dice, so there are no strata")
+    return Figure("strata", "Are uncertain patients the bad ones?", caption, panels)
+
+
+def _scatter(run, pages):
+    threshold = run.provenance.get("cohort", {}).get("failure_dice", 0.8)
+
+    def chart_of(region):
+        people = run.patients[run.patients["region"] == region]
+        columns = {SCORE: "x", "dice": "y"}
+        points = people.rename(columns=columns)[["patient", "x", "y", "volume_ml"]].dropna()
+        if points.empty:
+            return None
+        points = points.assign(href=points["patient"].map(pages))
+        spearman = _final(run.metrics, region=region, metric="spearman", measure=SCORE_MEASURE)
+        spearman = spearman[spearman["aggregation"] == SCORE_AGGREGATION]
+        rho = [
+            f", Spearman ρ {number(row.value, 2)} {interval_text(_null(row.ci_low), _null(row.ci_high), 2)}".rstrip()
+            for row in spearman.dropna(subset="value").itertuples()
+        ]
+        return charts.scatter(points, region, threshold), f"{len(points)} patients" + "".join(rho)
+
+    caption = (
+        "Every point is a patient, as large as its predicted volume: mean entropy in `predicted_5mm` against Dice. "
+        f"Dotted: a Dice of {number(threshold, 2)}, below which a segmentation counts as failed. Good: "
+        "points fall from "
+        "upper left to lower right. Points at the lower left are failures that the score does not see. Small tumours "
+        "often have both low Dice and high entropy, so look whether the trend holds among points of one size. Patients "
+        "without a predicted region have no score and are not drawn."
+    )
+    panels = _panels(run, "scatter", chart_of, "no patient has both a score and a Dice")
+    return Figure("scatter", "Does a patient’s uncertainty tell its Dice?", caption, panels)
+
+
+def _null(value):
+    return None if pd.isna(value) else float(value)
+
+
+def _risk_coverage(run, people):
+    def chart_of(region):
+        rows = _where(run.curves, curve="risk_coverage", region=region, measure=TRIAGED)
+        rows = rows[rows["mask"].isna() | (rows["mask"] == "predicted_5mm")]
+        if rows.empty:
+            return None
+        entropy = _final(run.metrics, region=region, metric="aurc", measure=SCORE_MEASURE)
+        entropy = entropy[entropy["aggregation"] == SCORE_AGGREGATION]["value"].dropna()
+        said = [f"AURC of entropy {number(value)}" for value in entropy]
+        return charts.risk_coverage(rows[["measure", "x", "y", "n"]], region), ", ".join(said)
+
+    caption = (
+        "Mean risk, 1 − Dice, of the patients kept when the most uncertain are set aside; the dotted "
+        "line is the risk of "
+        "all. Good: a line that rises from left to right, and lies below the grey ones: `deterministic_entropy`, "
+        "`boundary_proximity`, and `predicted_volume`, which asks for no uncertainty at all. Patients without a "
+        f"predicted region have no score and are not counted. At most {people:,} patients."
+    )
+    panels = _panels(run, "risk_coverage", chart_of, "no patient has a score")
+    return Figure("risk_coverage", "What is gained by setting uncertain patients aside?", caption, panels)
+
+
+# --- the passes as a whole ---
+
+
+def _qu_brats(run, people):
+    def chart_of(region):
+        rows = _where(run.curves, curve=tuple(PARTS_OF_QU_BRATS), region=region, measure="entropy")
+        if rows.empty:
+            return None
+        rows = rows.assign(part=rows["curve"].map(PARTS_OF_QU_BRATS))
+        said = [
+            f"{label} {number(value, 2)}"
+            for metric, label in (
+                ("qu_brats", "score"),
+                ("qu_brats_zero", "all-zero map"),
+                ("qu_brats_oracle", "oracle"),
             )
-            if np.isfinite(group["median"]):
-                axes.hlines(group["median"], position - 0.3, position + 0.3, color=INK, linewidth=2, zorder=4)
-            if np.isfinite(group["low"]) and np.isfinite(group["high"]):
-                axes.vlines(position, group["low"], group["high"], color=INK, linewidth=1.2, zorder=4)
-        apart = [position for position, group in enumerate(groups) if group["apart"]]
-        if apart and apart[0] > 0:
-            axes.axvline(apart[0] - 0.5, color=MUTED, linewidth=0.8, linestyle=(0, (1, 2)))
-        labels = [f"{group['label']}\nn = {len(group['dice'])}" for group in groups]
-        axes.set_xticks(range(len(groups)), labels, fontsize=8)
-        axes.set_xlim(-0.55, len(groups) - 0.45)
-        axes.set_ylim(0, 1)
-        axes.set_ylabel("Dice of the patient")
-        axes.set_title(region, loc="left", color=colour, fontweight="bold", fontsize=11, pad=9)
-    return figure
+            for value in _final(run.metrics, region=region, metric=metric, pooling="patient_mean")["value"].dropna()
+        ]
+        return charts.qu_brats(rows[["part", "x", "y", "low", "high"]], region), ", ".join(said)
+
+    caption = (
+        "The three curves of the QU-BraTS score (Mehta 2022): voxels with more than τ of 100 × entropy "
+        "are dropped. Good: "
+        "the Dice of what is kept (solid) rises towards small τ, while few true positives (dashed) and true negatives "
+        "(dotted) are dropped. The score is the mean of the area under the first and of one minus the areas under the "
+        "others. Two references on the same segmentation stand beside it under each chart: a map that is zero "
+        f"everywhere, which can outscore entropy, and an oracle that marks exactly the errors. Mean over {people:,} "
+        "patients with 95 % bands."
+    )
+    panels = _panels(run, "qu_brats", chart_of, "no patient has a curve")
+    return Figure("qu_brats", "QU-BraTS: what is lost when uncertain voxels are dropped?", caption, panels)
 
 
-def _spread(values):
-    """Return sideways offsets in [-0.28, 0.28] that keep close points apart; the same for the same values."""
-    golden = 0.6180339887498949
-    order = np.argsort(np.argsort(values, kind="stable"), kind="stable")
-    return ((order * golden + 0.5) % 1 - 0.5) * 0.56
+def convergence_points(metrics, n_bins):
+    """Return lines of the main table at every number of passes, a DataFrame with a row per number that exists.
 
-
-def convergence(points, title, mask, from_zero):
-    """Draw a metric against the number of passes, with intervals.
-
-    points : dict from region to a table with `passes` (ascending), `value`, `low`, `high` (NaN where there is none)
-    title : of the metric
-    mask : the voxels that count
-    from_zero : whether the axis begins at 0, as for an error
+    Columns are `quantity` (one of `CONVERGING`), `region`, `passes`, `value`, `low`, `high`. Quantities that are known
+    for all passes alone are left out.
     """
-    with mpl.rc_context(_STYLE):
-        figure = _figure((3.5, 2.9), left=0.19, right=0.965, bottom=0.165, top=0.81)
-        axes = figure.subplots()
-        _dress(axes)
-        passes = np.unique(np.concatenate([table["passes"] for table in points.values()]))
-        ratios = passes[1:] / passes[:-1]
-        # intervals of regions stand beside each other, well within the distance of two numbers of passes
-        step = min(1.05, ratios.min() ** 0.25)
-        for place, (region, table) in enumerate(points.items()):
-            x = table["passes"].to_numpy(float) * step ** (place - (len(points) - 1) / 2)
-            y, low, high = (table[name].to_numpy(float) for name in ("value", "low", "high"))
-            colour = REGION_COLOURS[region]
-            axes.vlines(x, low, high, color=colour, linewidth=1.1, alpha=0.7)
-            look = {"marker": REGION_MARKERS[region], "markersize": 4.5, "linewidth": 1.4}
-            axes.plot(x, y, color=colour, label=region, clip_on=False, zorder=3, **look)
-        axes.set_xscale("log")
-        # a label so close to the next that the two would touch is left out
-        apart = np.append(ratios > 1.15, True)
-        axes.set_xticks(passes, np.where(apart, passes.astype(int).astype(str), ""))
-        axes.xaxis.set_minor_locator(NullLocator())
-        axes.set_xlim(passes[0] / 1.2, passes[-1] * 1.2)
-        axes.set_ylim(*_limits(points.values(), from_zero))
-        axes.set_xlabel("passes")
-        axes.set_ylabel(f"on {mask}")
-        axes.yaxis.set_label_coords(-0.15, 0.5)
-        axes.set_title(title, loc="left", color=INK, fontweight="bold", fontsize=10, pad=22)
-        axes.legend(
-            loc="lower left",
-            bbox_to_anchor=(-0.01, 1.0),
-            ncols=3,
-            frameon=False,
-            fontsize=8,
-            labelcolor=INK,
-            handlelength=1.8,
-            columnspacing=1.4,
-            borderaxespad=0.2,
+    lines = {line.key: line for lines in MAIN_TABLE.values() for line in lines}
+    points = []
+    for key in CONVERGING:
+        rows = [
+            {"quantity": key, "region": region, **row}
+            for region in REGIONS
+            for passes in sorted(metrics["passes"].dropna().unique())
+            if (row := find_row(metrics, lines[key], region, n_bins, passes)) and row["value"] is not None
+        ]
+        points += rows if len({row["passes"] for row in rows}) > 1 else []
+    columns = ["quantity", "region", "passes", "value", "ci_low", "ci_high"]
+    table = pd.DataFrame(points, columns=columns).rename(columns={"ci_low": "low", "ci_high": "high"})
+    return table.astype(dict.fromkeys(("value", "low", "high"), float))
+
+
+def _convergence(run, n_bins, people):
+    lines = {line.key: line for lines in MAIN_TABLE.values() for line in lines}
+    panels = []
+    for key, table in convergence_points(run.metrics, n_bins).groupby("quantity", sort=False):
+        line = lines[key]
+        said = "; ".join(
+            f"{region}: " + ", ".join(f"{number(row.value)} after {int(row.passes)}" for row in part.itertuples())
+            for region, part in table.groupby("region", sort=False)
         )
-    return figure
-
-
-def _limits(tables, from_zero):
-    """Return the ends of an axis that holds values and intervals in [0, 1], and does not blow up small differences."""
-    held = np.concatenate([table[["value", "low", "high"]].to_numpy(float).ravel() for table in tables])
-    low, high = (0, np.nanmax(held)) if from_zero else (np.nanmin(held), np.nanmax(held))
-    span = max(high - low, LEAST_SPAN)
-    middle = (low + high) / 2
-    low, high = (0, 1.08 * span) if from_zero else (middle - 0.58 * span, middle + 0.58 * span)
-    beyond = max(high - 1, 0)
-    return max(low - beyond, 0), high - beyond
-
-
-def scan_panel(scan, segmentation, reference, spacing_mm, title):
-    """Draw a slice of the scan with contours of all regions: predicted solid, reference dashed.
-
-    scan : float (columns, rows), a canonical axial slice
-    segmentation : bool (3, columns, rows), order of `REGIONS`
-    reference : the same, or None
-    spacing_mm : (2,), voxel size along columns and rows
-    """
-    with mpl.rc_context(_STYLE):
-        figure, axes = _slice(scan, spacing_mm, title)
-        for index, region in enumerate(REGIONS):
-            colour = REGION_COLOURS[region]
-            _contour(axes, segmentation[index], colour, "solid", 1.3)
-            if reference is not None:
-                _contour(axes, reference[index], colour, "dashed", 1.1)
-    return figure
-
-
-def entropy_panel(scan, entropy, segmentation, reference, spacing_mm, region):
-    """Draw the entropy of one region over a slice of the scan, with a colour bar in bits.
-
-    scan, entropy : float (columns, rows); entropy in [0, 1] bits
-    segmentation, reference : bool (columns, rows); reference may be None
-    """
-    with mpl.rc_context(_STYLE):
-        figure, axes = _slice(scan, spacing_mm, f"entropy {region}")
-        colours = ListedColormap(mpl.colormaps["viridis"](np.linspace(0.15, 1, 256)))
-        shown = np.ma.masked_less(_radiological(entropy), ENTROPY_SHOWN_FROM)
-        image = axes.imshow(shown, cmap=colours, norm=Normalize(ENTROPY_SHOWN_FROM, 1), alpha=0.85)
-        image.set_extent(axes.images[0].get_extent())
-        _contour(axes, segmentation, REGION_COLOURS[region], "solid", 1.8)
-        if reference is not None:
-            _contour(axes, reference, "#ffffff", "dashed", 0.9)
-        below = axes.get_position().y0
-        bar_axes = figure.add_axes([0.1, 0.62 * below, 0.8, 0.2 * below])
-        bar = figure.colorbar(image, cax=bar_axes, orientation="horizontal")
-        bar.set_ticks([ENTROPY_SHOWN_FROM, 0.5, 1], labels=[f"{ENTROPY_SHOWN_FROM:g}", "0.5", "1 bit"])
-        bar.ax.minorticks_off()
-        bar.ax.tick_params(colors="#e8eaed", labelsize=7.5, length=2)
-        bar.outline.set_visible(False)
-    return figure
-
-
-def _slice(scan, spacing_mm, title):
-    """Return (figure, axes) with a slice in radiological view: the patient's right is on the left, anterior on top."""
-    width, height = (size * step for size, step in zip(scan.shape, spacing_mm, strict=True))
-    # inches: three wide, a strip above for the title and one below for a colour bar, so that all panels line up
-    above, below, picture = 0.28, 0.36, 3 * height / width
-    total = above + picture + below
-    figure = Figure(figsize=(3, total), facecolor="#000000")
-    FigureCanvasAgg(figure)
-    axes = figure.add_axes([0, below / total, 1, picture / total])
-    tissue = scan[scan != 0]
-    low, high = np.percentile(tissue, (1, 99.5)) if tissue.size else (0, 1)
-    grey = np.where(scan != 0, np.clip((scan - low) / max(high - low, 1e-6), 0, 1), 0)
-    axes.imshow(_radiological(grey), cmap="gray", vmin=0, vmax=1, extent=(0, width, height, 0))
-    axes.set_axis_off()
-    letters = {"color": "#c9d1d9", "fontsize": 9, "transform": axes.transAxes, "va": "center"}
-    axes.text(0.01, 0.5, "R", ha="left", **letters)
-    axes.text(0.99, 0.5, "L", ha="right", **letters)
-    axes.set_title(title, color="#e8eaed", fontsize=9.5, pad=4)
-    return figure, axes
-
-
-def _radiological(plane):
-    return np.asarray(plane).T[::-1, ::-1]
-
-
-def _contour(axes, membership, colour, linestyle, linewidth):
-    """Draw the outline of a membership; nothing where it is empty or full."""
-    if not np.any(membership) or np.all(membership):
-        return
-    left, right, bottom, top = axes.images[0].get_extent()
-    plane = np.pad(_radiological(membership).astype(np.float32), 1)
-    rows, columns = np.array(plane.shape) - 2
-    x = left + (np.arange(-1, columns + 1) + 0.5) * (right - left) / columns
-    y = top + (np.arange(-1, rows + 1) + 0.5) * (bottom - top) / rows
-    axes.contour(x, y, plane, levels=[0.5], colors=[colour], linestyles=linestyle, linewidths=linewidth)
-    axes.set_xlim(left, right)
-    axes.set_ylim(bottom, top)
-
-
-def _figure(size_inches, **margins):
-    """Return an empty chart; its margins are fixed, so that neighbouring charts line up."""
-    figure = Figure(figsize=size_inches, facecolor=PAPER)
-    FigureCanvasAgg(figure)
-    figure.subplots_adjust(**margins)
-    return figure
-
-
-def _dress(axes):
-    axes.set_facecolor(PAPER)
-    axes.grid(color=GRID, linewidth=0.7)
-    axes.set_axisbelow(True)
-    axes.tick_params(colors=MUTED, labelcolor=INK)
-    for spine in axes.spines.values():
-        spine.set_color(MUTED)
-    axes.xaxis.label.set_color(INK)
-    axes.yaxis.label.set_color(INK)
+        chart = charts.convergence(table, line.label, line.mask, line.binned)
+        panels.append(Panel(f"{run.name}_convergence_{key}", line.label, chart, said))
+    caption = (
+        "The same metrics after the first passes of every source, on a logarithmic axis; the last point is the number "
+        "in the table above. Good: every line is level well before its end, so that more passes would change nothing "
+        "(and fewer would have done). A line that still rises or falls at its end asks for more passes. Vertical lines "
+        f"are 95 % intervals over patients (none with too few). Each point has the same {people:,} patients, so an "
+        "interval tells how well the height of a line is known, not whether it is level. AUROC: 1 is perfect, 0.5 is "
+        f"chance; calibration errors, in {n_bins} bins: 0 is perfect."
+    )
+    return Figure("convergence", "Were there enough passes?", caption, panels)

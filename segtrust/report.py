@@ -1,222 +1,55 @@
 """Write the report of a run: one HTML page, its figures and its tables, from result files alone.
 
-Every number comes from a row of `metrics.parquet` or `strata.parquet`; this module rounds and words them, and computes
-none. The one exception is nats beside bits. The same files always give the same bytes: there is no date inside.
+Every number comes from a row of a result table; this module rounds and words them, and computes none. The same files
+always give the same bytes, but for the order of a PDF's parts: there is no date inside.
 """
 
-import math
+import json
 import re
 from dataclasses import dataclass, field
+from itertools import combinations
 from pathlib import Path
 
-import nibabel as nib
-import numpy as np
 import pandas as pd
-import pyarrow as pa
+import vl_convert
 
-from segtrust import figures
-from segtrust.errors import SegtrustError, raise_if_any
-from segtrust.files import read_json, read_parquet, write_csv
+from segtrust.colours import ENTROPY_SHOWN_FROM, REGION_COLOURS
+from segtrust.differences import MOST_PAIRS_DRAWN, disagreements, family_rows, figures_of_pair, sentences
+from segtrust.drawing import VEGA_LITE, save_chart, specification
+from segtrust.errors import raise_if_any
+from segtrust.figures import (
+    SCORE,
+    SCORE_AGGREGATION,
+    SCORE_MEASURE,
+    convergence_points,
+    figures_of,
+    stratum_groups,
+)
+from segtrust.files import read_json, read_parquet, replacing
 from segtrust.html import environment, flatten, write_html
-from segtrust.measures import BETWEEN_MEMBERS, WITHIN_MEMBERS
+from segtrust.latex import write_table
+from segtrust.main_table import KINDS, cells_of, main_table
 from segtrust.methods import methods
-from segtrust.preprocess import MODALITIES, read_preprocessed
-from segtrust.regions import REGIONS, region_masks
-from segtrust.volumes import read_reference
+from segtrust.numerals import interval_text, number
+from segtrust.order import read_order, with_page
+from segtrust.regions import REGIONS
+from segtrust.slices import write_slices
+from segtrust.verdict import headlines, verdict, verdict_rules
 
 ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
 
-BITS_TO_NATS = math.log(2)
-
-CALIBRATION_MASKS = ("predicted_5mm", "brain")
-KINDS = ("class_probability", "top_label")
-
-# the score of a patient that strata are cut by (definitions, section 8)
-SCORE_MEASURE = "entropy"
-SCORE_AGGREGATION = "predicted_5mm_mean"
-
-# cases whose prediction is empty have no score and stand apart
-UNSCORED = {"missing_region_missed": "missed", "missing_region_absent": "absent"}
-
 SEVERITIES = ("error", "warning", "note")
 
-
-@dataclass(frozen=True)
-class Line:
-    """A line of the main table: what is shown, and which row of `metrics.parquet` it is."""
-
-    key: str
-    label: str
-    metric: str
-    pooling: str
-    measure: str | None = None
-    mask: str | None = None
-    binned: bool = False
-    form: str = "as it is"  # or "absolute", or "nats"
-    hint: str = ""
-
-    @property
-    def where(self):
-        """Return mask and pooling in words."""
-        pooling = {"pooled": "pooled over patients", "patient_mean": "mean over patients"}[self.pooling]
-        return f"{self.mask}, {pooling}" if self.mask else pooling
-
-
-# shown where passes come from several members
-PARTS_OF_ENTROPY = "Where does the entropy come from?"
-
-MAIN_TABLE = {
-    "Segmentation": (
-        Line("dice", "Dice, Monte Carlo mean", "dice", "patient_mean", hint="1 is perfect overlap"),
-        Line("dice_deterministic", "Dice, deterministic pass", "dice_deterministic", "patient_mean"),
-        Line("delta_dice", "ΔDice, Monte Carlo − deterministic", "delta_dice", "patient_mean"),
-        Line(
-            "delta_dice_absolute",
-            "|ΔDice|",
-            "delta_dice",
-            "patient_mean",
-            form="absolute",
-            hint="absolute value of the mean above",
-        ),
-        Line("absolute_delta_dice", "mean of |ΔDice|", "absolute_delta_dice", "patient_mean"),
-    ),
-    "Does uncertainty rank errors?": (
-        Line(
-            "auroc",
-            "AUROC of entropy",
-            "auroc",
-            "pooled",
-            "entropy",
-            "brain",
-            hint="1 is perfect, 0.5 is chance; means nothing without its two baselines",
-        ),
-        Line(
-            "auroc_deterministic",
-            "baseline: deterministic_entropy",
-            "auroc",
-            "pooled",
-            "deterministic_entropy",
-            "brain",
-            hint="entropy of one ordinary forward pass",
-        ),
-        Line(
-            "auroc_boundary",
-            "baseline: boundary_proximity",
-            "auroc",
-            "pooled",
-            "boundary_proximity",
-            "brain",
-            hint="distance to the predicted boundary, no probability at all",
-        ),
-    ),
-    "How much uncertainty is there?": (
-        Line("entropy", "Mean entropy, bits", "mean_uncertainty", "pooled", "entropy", "predicted_5mm"),
-        Line(
-            "entropy_nats", "Mean entropy, nats", "mean_uncertainty", "pooled", "entropy", "predicted_5mm", form="nats"
-        ),
-        Line("entropy_brain", "Mean entropy, bits", "mean_uncertainty", "pooled", "entropy", "brain"),
-        Line("entropy_brain_nats", "Mean entropy, nats", "mean_uncertainty", "pooled", "entropy", "brain", form="nats"),
-    ),
-    PARTS_OF_ENTROPY: (
-        Line(
-            "expected_entropy",
-            "Single passes are unsure, bits",
-            "mean_uncertainty",
-            "pooled",
-            "expected_entropy",
-            "predicted_5mm",
-            hint="expected_entropy; the three parts add up to the mean entropy of this mask",
-        ),
-        Line(
-            "within_members",
-            "Passes of one member differ, bits",
-            "mean_uncertainty",
-            "pooled",
-            WITHIN_MEMBERS,
-            "predicted_5mm",
-            hint="mutual information within members",
-        ),
-        Line(
-            "between_members",
-            "Members differ, bits",
-            "mean_uncertainty",
-            "pooled",
-            BETWEEN_MEMBERS,
-            "predicted_5mm",
-            hint="mutual information between members",
-        ),
-    ),
-    "Is confidence calibrated?": (
-        *(
-            Line(
-                f"ece_{kind}" + ("" if mask == "predicted_5mm" else "_brain"),
-                f"ece_{kind}",
-                f"ece_{kind}",
-                "pooled",
-                "probability",
-                mask,
-                binned=True,
-                hint="0 is perfect",
-            )
-            for mask in CALIBRATION_MASKS
-            for kind in KINDS
-        ),
-        Line(
-            "gap",
-            "gap, mean confidence − accuracy",
-            "gap",
-            "pooled",
-            "probability",
-            "predicted_5mm",
-            hint="positive is over-confident",
-        ),
-    ),
+# columns of the first screen: key of a line of the main table, heading
+OVERVIEW = {
+    "dice": "Dice",
+    "auroc": "AUROC of entropy",
+    "ece_class_probability": "ece_class_probability",
+    "ece_top_label": "ece_top_label",
+    "entropy": "Mean entropy, bits",
 }
-
-
-# lines of the main table that are also drawn against the number of passes
-CONVERGING = ("auroc", "ece_top_label", "ece_class_probability")
-
-
-@dataclass(frozen=True)
-class Cell:
-    """A number with its interval, or the reason why there is none. Unrounded; None where not applicable."""
-
-    value: float | None
-    low: float | None = None
-    high: float | None = None
-    interval: str | None = None
-    n_cases: int | None = None
-    n_voxels: int | None = None
-    reason: str = ""
-
-    @property
-    def text(self):
-        """Return the rounded value, or a dash."""
-        return number(self.value)
-
-    @property
-    def bounds(self):
-        """Return the rounded interval in brackets, or nothing."""
-        return interval_text(self.low, self.high)
-
-    @property
-    def note(self):
-        """Return what a reader can know of this number beyond its value."""
-        if self.value is None:
-            return self.reason
-        parts = [f"95 % interval: {self.interval}" if self.low is not None else self.reason]
-        parts += [f"{self.n_cases:,} patients"] if self.n_cases is not None else []
-        parts += [f"{self.n_voxels:,} voxels"] if self.n_voxels is not None else []
-        return "; ".join(part for part in parts if part)
-
-
-@dataclass(frozen=True)
-class Finding:
-    """A sentence of a verdict. level : good, caution, bad or unknown."""
-
-    level: str
-    text: str
+# which column of the first screen a sentence belongs under, and the figure that shows it
+SHOWN_BY = {"ranking": "roc", "calibration": "reliability_top_label", "triage": "strata"}
 
 
 @dataclass
@@ -239,7 +72,7 @@ class ModelFiles:
 
 
 def report(models, results, folder, settings, sheet, excluded=None, sources=None):
-    """Write `index.html`, `figures/` and `tables/` into a folder.
+    """Write `index.html`, `assets/`, `figures/` and `tables/` into a folder, and remove what is no longer theirs.
 
     models : names, in the order they are shown
     results : the results folder
@@ -274,10 +107,14 @@ def report(models, results, folder, settings, sheet, excluded=None, sources=None
     reasons = {name: "failed in " + "; ".join(found) for name, found in failures.items()}
     reasons |= excluded or {}
     said = sources or {}
+    written = _Written(folder)
     sections = [
-        {**_section(run, results, folder, settings, sheet, reasons), "sources": said.get(run.name)} for run in runs
+        {**_section(run, results, written, settings, sheet, reasons), "sources": said.get(run.name)} for run in runs
     ]
     evaluated = [run for run in runs if run.evaluated]
+    pairs = _pairs(evaluated, results, written)
+    if written.charts:
+        written.text("assets/vega.js", f"(() => {{{vl_convert.javascript_bundle(vl_version=VEGA_LITE)}}})();\n")
     paragraphs, works = methods(evaluated, sheet, said, settings["n_bins"])
     page = (
         environment()
@@ -285,21 +122,81 @@ def report(models, results, folder, settings, sheet, excluded=None, sources=None
         .render(
             models=models,
             sections=sections,
+            overview=_overview([section for section in sections if section["evaluated"]]),
+            columns=OVERVIEW,
+            pairs=pairs,
             alarms=sort_alarms([alarm for run in runs for alarm in run.alarms]),
             settings=settings,
             rules=verdict_rules(),
             methods=paragraphs,
             works=works,
-            colours=figures.REGION_COLOURS,
+            colours=REGION_COLOURS,
             regions=REGIONS,
-            shown_from=figures.ENTROPY_SHOWN_FROM,
+            shown_from=ENTROPY_SHOWN_FROM,
         )
     )
     write_html(folder / "index.html", page)
+    written.remove_others()
 
 
-def _section(run, results, folder, settings, sheet, reasons):
+class _Written:
+    """What a report has written beside its page, so that what earlier ones left can go."""
+
+    FOLDERS = ("assets", "figures", "tables")
+
+    def __init__(self, folder):
+        self.folder = folder
+        self.charts = 0
+        self._names = set()
+
+    def text(self, name, content):
+        self._names.add(name)
+        with replacing(self.folder / name) as partial:
+            partial.write_text(content, encoding="utf-8")
+
+    def table(self, name, rows, shown, caption):
+        """Write a table; return [(kind, address)]."""
+        files = write_table(rows, shown, self.folder / "tables", name, caption)
+        self._names |= {f"tables/{file}" for file in files}
+        return [({"csv": "CSV", "tex": "LaTeX"}[file.rpartition(".")[2]], f"tables/{file}") for file in files]
+
+    def figures(self, key, figures):
+        """Write charts, and `assets/charts_<key>.js` with what a browser draws them from; return what a page shows."""
+        shown, specifications = [], {}
+        for figure in figures:
+            panels = []
+            for panel in figure.panels:
+                entry = {"label": panel.label, "path": None, "reason": panel.reason, "alt": panel.alt}
+                panels.append(entry)
+                if panel.chart is None:
+                    continue
+                specifications[panel.name] = specification(panel.chart)
+                caption = f"{figure.heading} {panel.label}. {figure.caption} {panel.alt}".replace("`", "").strip()
+                size, files = save_chart(specifications[panel.name], self.folder / "figures", panel.name, caption)
+                self._names |= {f"figures/{file}" for file in files}
+                entry |= {"path": f"figures/{panel.name}", "name": panel.name, "width": size[0], "height": size[1]}
+            shown.append({"figure": figure, "panels": panels, "charts": f"assets/charts_{key}.js"})
+        if specifications:
+            self.charts += len(specifications)
+            text = json.dumps(specifications, ensure_ascii=True, separators=(",", ":"))
+            self.text(f"assets/charts_{key}.js", f"segtrustCharts({text});\n")
+        return shown
+
+    def slices(self, shown):
+        self._names |= {panel["path"] for entry in shown for panel in entry["panels"]}
+        return shown
+
+    def remove_others(self):
+        """Remove files of earlier reports from the folders that belong to the report alone."""
+        for name in self.FOLDERS:
+            for path in (self.folder / name).glob("*"):
+                if f"{name}/{path.name}" not in self._names:
+                    path.unlink()
+
+
+def _section(run, results, written, settings, sheet, reasons):
     """Write figures and tables of one model, and return what the template says about it."""
+    folder, pages = written.folder, _pages(written.folder, run.name)
     section = {
         "name": run.name,
         "evaluated": run.evaluated,
@@ -316,16 +213,106 @@ def _section(run, results, folder, settings, sheet, reasons):
         )
         section["n_patients"] = run.patients["patient"].nunique()
         section["passes"] = int(run.metrics["passes"].max())
-        groups = {region: stratum_groups(run.strata, run.patients, region) for region in REGIONS}
-        section["verdicts"] = {region: verdict(region, cells_of(table, region), groups[region]) for region in REGIONS}
-        section["reliability"] = _write_reliability(run, folder, settings["n_bins"])
-        section["strata"] = _write_strata(run, folder, groups)
-        section["cutoff_source"] = cutoff_source(run.strata)
-        points = convergence_points(run.metrics, settings["n_bins"])
-        section["convergence"] = _write_convergence(run, folder, points)
-        section["tables"] = _write_tables(run, folder, table, points)
-    section["slices"] = _write_slices(run, results, folder, settings, sheet)
+        section["verdicts"] = {
+            region: verdict(region, cells_of(table, region), stratum_groups(run.strata, run.patients, region))
+            for region in REGIONS
+        }
+        section["figures"] = written.figures(run.name, figures_of(run, settings["n_bins"], pages))
+        section["tables"] = _write_tables(run, written, table, settings["n_bins"])
+    slices = write_slices(run, results, folder, settings["background"], sheet, pages)
+    section["slices"] = written.slices(slices)
     return section
+
+
+def _pages(folder, model):
+    """Return {patient: address of its page} of a model, of those that have one."""
+    order = folder / "patients" / model / "order.js"
+    patients = with_page(read_order(order)) if order.exists() else []
+    return {patient: f"patients/{model}/{patient}.html" for patient in patients}
+
+
+def _overview(sections):
+    """Return what the first screen says: [(region, headlines, [(model, {key: Cell}, findings)])]."""
+    shown = []
+    for region in REGIONS if sections else ():
+        rows = [
+            {
+                "model": section["name"],
+                "cells": cells_of(section["table"], region),
+                "findings": [
+                    (finding, _anchor(section, kind))
+                    for kind, finding in zip(SHOWN_BY, section["verdicts"][region], strict=True)
+                ],
+            }
+            for section in sections
+        ]
+        findings = {section["name"]: section["verdicts"][region] for section in sections}
+        shown.append({"region": region, "headlines": headlines(region, findings), "rows": rows})
+    return shown
+
+
+def _anchor(section, kind):
+    """Return the address of the figure that shows a finding; that of the model where it was not drawn."""
+    drawn = {entry["figure"].key for entry in section["figures"]}
+    return f"#{section['name']}-{SHOWN_BY[kind]}" if SHOWN_BY[kind] in drawn else f"#model-{section['name']}"
+
+
+def _pairs(runs, results, written):
+    """Write figures and tables of the differences of models, and return what the template says about each pair."""
+    path = results / "comparison" / "metrics.parquet"
+    if len(runs) < 2 or not path.exists():
+        return []
+    metrics, _ = read_parquet(path)
+    rows = family_rows(metrics.to_pandas())
+    if rows.empty:
+        return []
+    names = {run.name for run in runs}
+    rows = rows[rows["model"].isin(names) & rows["reference_model"].isin(names)]
+    caption = (
+        "Paired differences between models, one family of tests: value of the first model minus that of the second, "
+        "95 % interval, p after Holm's correction over all rows."
+    )
+    shown = rows.assign(
+        difference=[f"{number(_plain(row.value))} {_interval(row)}".strip() for row in rows.itertuples()],
+        p=[number(_plain(value)) for value in rows["p_value_holm"]],
+    )[["model", "reference_model", "quantity", "region", "difference", "p", "n_cases"]]
+    tables = written.table("comparison", rows, shown, caption)
+    patients = {run.name: run.patients for run in runs}
+    pairs = []
+    for first, second in combinations([run.name for run in runs], 2):
+        of_pair = rows[(rows["model"] == first) & (rows["reference_model"] == second)]
+        if of_pair.empty:
+            continue
+        pages = {name: _pages(written.folder, name) for name in (first, second)}
+        key = f"{first}_against_{second}"
+        drawn = figures_of_pair(of_pair, patients, first, second, pages[first]) if len(pairs) < MOST_PAIRS_DRAWN else []
+        apart = disagreements(patients, first, second)
+        pairs.append(
+            {
+                "first": first,
+                "second": second,
+                "sentences": sentences(of_pair),
+                "figures": written.figures(key, drawn),
+                "tables": tables,
+                "apart": [
+                    {
+                        **row,
+                        "pages": [pages[name].get(row["patient"]) for name in (first, second)],
+                        "shown": [number(row[name]) for name in ("first", "second", "difference")],
+                    }
+                    for row in apart.to_dict("records")
+                ],
+            }
+        )
+    return pairs
+
+
+def _plain(value):
+    return None if pd.isna(value) else float(value)
+
+
+def _interval(row):
+    return interval_text(_plain(row.low), _plain(row.high))
 
 
 # --- reading ---
@@ -387,400 +374,11 @@ def sort_alarms(alarms):
     return sorted(alarms, key=place)
 
 
-# --- numbers ---
+# --- tables ---
 
 
-def number(value, decimals=3):
-    """Return a number as text with a true minus sign; a dash for None.
-
-    Decimals are added (up to 6) as long as rounding would turn the value into 0 or 1 that it is not.
-    """
-    if value is None:
-        return "–"
-    while decimals < 6 and round(value, decimals) in (-1, 0, 1) and value not in (-1, 0, 1):
-        decimals += 1
-    if round(value, decimals) == 0 != value:
-        return f"{value:.1e}".replace("-", "−")
-    return f"{round(value, decimals) + 0.0:.{decimals}f}".replace("-", "−")
-
-
-def interval_text(low, high, decimals=3):
-    """Return `[low–high]`, with `to` between negative bounds; empty where there is no interval."""
-    if low is None or high is None:
-        return ""
-    between = " to " if low < 0 else "–"
-    return f"[{number(low, decimals)}{between}{number(high, decimals)}]"
-
-
-def _plain(value):
-    """Return a Python number, or None for null and NaN."""
-    return None if pd.isna(value) else value.item() if hasattr(value, "item") else value
-
-
-def find_row(metrics, line, region, n_bins, passes=None):
-    """Return the one row of `metrics` (as a dict) that a line of the main table shows, or None.
-
-    The row is the default configuration's: no group, no second model, no recalibration, no aggregation, and all passes
-    where no smaller number of passes is given. Raises SegtrustError when several rows fit, because then the number is
-    not defined.
-    """
-    wanted = (metrics["region"] == region) & (metrics["metric"] == line.metric) & (metrics["pooling"] == line.pooling)
-    wanted &= metrics["passes"].isna() | (metrics["passes"] == (passes or metrics["passes"].max()))
-    wanted &= metrics["recalibration"].isna() | (metrics["recalibration"] == "none")
-    for column, value in (("measure", line.measure), ("mask", line.mask)):
-        wanted &= metrics[column].isna() if value is None else metrics[column] == value
-    for column in ("group", "group_value", "reference_model", "aggregation"):
-        wanted &= metrics[column].isna()
-    if line.binned:
-        wanted &= metrics["n_bins"] == n_bins
-    rows = metrics[wanted]
-    if len(rows) > 1:
-        raise SegtrustError(
-            f"metrics.parquet has {len(rows)} rows for {region} {line.metric} ({line.where}), expected one; "
-            "remake the cohort tables"
-        )
-    return None if rows.empty else {name: _plain(value) for name, value in rows.iloc[0].items()}
-
-
-def cell(row, form):
-    """Return the Cell of a row of `metrics` (a dict, or None)."""
-    if row is None:
-        return Cell(None, reason="not computed in this run")
-    if row["value"] is None:
-        return Cell(None, n_cases=row["n_cases"], n_voxels=row["n_voxels"], reason=_why_null(row))
-    values = [row["value"], row["ci_low"], row["ci_high"]]
-    if form == "nats":
-        values = [None if value is None else value * BITS_TO_NATS for value in values]
-    if form == "absolute":
-        values = [abs(row["value"]), None, None]
-    has_interval = row["ci_low"] is not None and row["ci_high"] is not None
-    reason = "" if has_interval else _why_no_interval(row)
-    return Cell(*values, row["interval"], row["n_cases"], row["n_voxels"], reason)
-
-
-def _why_null(row):
-    if row["n_voxels"] == 0:
-        return f"no voxel of {row['mask']} has a value in any patient"
-    if row["n_cases"] == 0:
-        needs_it = row["metric"] in ("dice_deterministic", "delta_dice", "absolute_delta_dice")
-        needs_it |= row["measure"] == "deterministic_entropy"
-        return "there is no deterministic pass" if needs_it else "no patient has a value"
-    if row["metric"] == "auroc":
-        return f"undefined: {row['mask']} has no wrong voxel, or no right one"
-    return "undefined for these patients"
-
-
-def _why_no_interval(row):
-    label = row["interval"] or ""
-    return f"no interval: {label.removeprefix('none: ')}" if label.startswith("none: ") else "no interval was computed"
-
-
-def main_table(metrics, n_bins):
-    """Return {heading: [(Line, [Cell per region])]}: the table a paper would print."""
-    has_parts = (metrics["measure"] == BETWEEN_MEMBERS).any()
-    return {
-        heading: [
-            (line, [cell(find_row(metrics, line, region, n_bins), line.form) for region in REGIONS]) for line in lines
-        ]
-        for heading, lines in MAIN_TABLE.items()
-        if has_parts or heading != PARTS_OF_ENTROPY
-    }
-
-
-def cells_of(table, region):
-    """Return {key of the line: Cell} of one region."""
-    column = REGIONS.index(region)
-    return {line.key: cells[column] for lines in table.values() for line, cells in lines}
-
-
-# --- verdicts ---
-
-AUROC_WELL = 0.90
-AUROC_MODERATE = 0.75
-BASELINE_MARGIN = 0.01
-ERROR_SMALL = 0.05
-ERROR_LARGE = 0.10
-GAP_SHARE = 0.5
-
-
-def verdict_rules():
-    """Return the rules of `verdict` in words, for the page."""
-    return [
-        "Without an interval nothing is called good or bad, only to be read with care.",
-        f"Ranking: AUROC of entropy on brain, pooled. From {AUROC_WELL:.2f} it ranks errors well, from "
-        f"{AUROC_MODERATE:.2f} moderately, below poorly. A baseline that comes within {BASELINE_MARGIN:.2f} of it, or "
-        "above, is named: then Monte Carlo passes add nothing to the ranking.",
-        "Calibration: the larger of ece_class_probability and ece_top_label on predicted_5mm. "
-        f"Up to {ERROR_SMALL:.2f}, with an interval that also ends there, probabilities can be read as probabilities; "
-        f"up to {ERROR_LARGE:.2f} with care; above, they cannot. Confidence is called too high or too low when the gap "
-        f"is at least {GAP_SHARE * 100:.0f} % of that error and its interval excludes 0.",
-        "Triage: patients in the most uncertain stratum are called worse when the interval of their median Dice lies "
-        "wholly below that of the most certain stratum.",
-    ]
-
-
-def verdict(region, cells, groups):
-    """Say in plain words what the numbers of one region mean.
-
-    region : WT, TC or ET
-    cells : dict with the Cells `auroc`, `auroc_deterministic`, `auroc_boundary`, `ece_class_probability`,
-        `ece_top_label` and `gap`
-    groups : strata of the region as `stratum_groups` returns them
-
-    Returns a list of Findings: ranking, calibration, triage. The rules are those of `verdict_rules`.
-    """
-    return [_ranking(cells), _calibration(region, cells), _triage(groups)]
-
-
-def _ranking(cells):
-    auroc = cells["auroc"]
-    if auroc.value is None:
-        return Finding("unknown", f"Whether uncertainty ranks errors cannot be told ({auroc.reason}).")
-    quality, level = (
-        ("well", "good")
-        if auroc.value >= AUROC_WELL
-        else ("only moderately", "caution")
-        if auroc.value >= AUROC_MODERATE
-        else ("poorly", "bad")
-    )
-    if auroc.low is None:
-        level = "caution"
-    head = f"Uncertainty ranks errors {quality} (AUROC {number(auroc.value, 2)})"
-    baselines = [
-        (name, cells[key].value)
-        for name, key in (
-            ("distance to the predicted boundary", "auroc_boundary"),
-            ("the entropy of one ordinary pass", "auroc_deterministic"),
-        )
-        if cells[key].value is not None
-    ]
-    if not baselines:
-        return Finding("caution", f"{head}; without a baseline beside it, that number cannot be judged.")
-    rivals = [(name, value) for name, value in baselines if value >= auroc.value - BASELINE_MARGIN]
-    if not rivals:
-        return Finding(level, f"{head}, better than {_listed(baselines)}.")
-    if quality != "well":
-        return Finding(level, f"{head}, and no better than {_listed(rivals)}.")
-    return Finding("caution", f"{head}, but so {'do' if len(rivals) > 1 else 'does'} {_listed(rivals)}.")
-
-
-def _listed(baselines):
-    return " and ".join(f"{name} ({number(value, 2)})" for name, value in baselines)
-
-
-def _calibration(region, cells):
-    errors = {f"ece_{kind}": cells[f"ece_{kind}"] for kind in KINDS if cells[f"ece_{kind}"].value is not None}
-    if not errors:
-        return Finding("unknown", f"Calibration on {region} cannot be told ({cells['ece_top_label'].reason}).")
-    name, error = max(errors.items(), key=lambda item: item[1].value)
-    size = f"{number(error.value, 2)} {_bounds(error)} ({name})"
-    if error.value > ERROR_SMALL:
-        large = error.value > ERROR_LARGE
-        advice = (
-            f"do not read {region} probabilities as probabilities"
-            if large
-            else f"read {region} probabilities with care"
-        )
-        gap = cells["gap"]
-        if _one_sided(gap, error):
-            direction = "high" if gap.value > 0 else "low"
-            amount = f"{number(abs(gap.value), 2)} {_bounds(gap)}"
-            text = f"Confidence on {region} is too {direction} by {amount}: {advice}."
-        else:
-            text = f"Probabilities on {region} are off by {size} on average: {advice}."
-        return Finding("bad" if large and error.low is not None else "caution", text)
-    if error.high is None:
-        return Finding(
-            "caution",
-            f"Probabilities on {region} are off by {size}; without an interval this is an impression, no proof.",
-        )
-    if error.high > ERROR_SMALL:
-        return Finding("caution", f"Probabilities on {region} are off by {size}: small, but the interval is wide.")
-    return Finding("good", f"{region} probabilities can be read as probabilities near the tumour: off by {size}.")
-
-
-def _one_sided(gap, error):
-    if gap.value is None or abs(gap.value) < GAP_SHARE * error.value:
-        return False
-    return gap.low is None or gap.high is None or gap.low > 0 or gap.high < 0
-
-
-def _bounds(quantity):
-    """Return the interval of a Cell; of its absolute value where it lies wholly below zero."""
-    if quantity.low is None or quantity.high is None:
-        return "(no interval)"
-    if quantity.high < 0:
-        return interval_text(-quantity.high, -quantity.low, 2)
-    return interval_text(quantity.low, quantity.high, 2)
-
-
-def _triage(groups):
-    scored = [group for group in groups if not group["apart"]]
-    if len(scored) < 2 or not all(math.isfinite(group["median"]) for group in (scored[0], scored[-1])):
-        return Finding("unknown", "Whether uncertain patients are worse cannot be told (too few patients).")
-    certain, uncertain = scored[0], scored[-1]
-    compared = f"{_median_text(uncertain)} against {_median_text(certain)}"
-    if uncertain["high"] < certain["low"]:
-        return Finding("good", f"Uncertain patients are worse: median Dice {compared}.")
-    if certain["high"] < uncertain["low"]:
-        return Finding("bad", f"Uncertain patients are better, so uncertainty misleads: median Dice {compared}.")
-    return Finding("caution", f"It is not shown that uncertain patients are worse: median Dice {compared}.")
-
-
-def _median_text(group):
-    bounds = [value if math.isfinite(value) else None for value in (group["low"], group["high"])]
-    return " ".join(
-        part for part in (number(group["median"], 2), interval_text(*bounds, 2), f"in {group['label']}") if part
-    )
-
-
-# --- strata ---
-
-
-def stratum_groups(strata, patients, region):
-    """Return the strata of one region as `segtrust.figures.strata` draws them.
-
-    Quartiles where they exist, else halves; the patients without a predicted region follow, apart. Patients are put
-    into strata by the score ranges of the table.
-    """
-    rows = strata[
-        (strata["region"] == region)
-        & (strata["measure"] == SCORE_MEASURE)
-        & (strata["aggregation"] == SCORE_AGGREGATION)
-    ]
-    schemes = [scheme for scheme in ("quartiles", "halves") if (rows["scheme"] == scheme).any()]
-    rows = rows[rows["scheme"] == schemes[0]] if schemes else rows.iloc[:0]
-    people = patients[patients["region"] == region]
-    score = people[f"score_{SCORE_AGGREGATION}_{SCORE_MEASURE}"]
-    groups = []
-    for row in rows.itertuples():
-        if row.stratum == "missing_region":
-            continue  # its two halves are shown instead
-        apart = row.stratum in UNSCORED
-        if apart:
-            both_empty = people["both_empty"].astype(bool)
-            inside = score.isna() & (both_empty if row.stratum == "missing_region_absent" else ~both_empty)
-        else:
-            inside = score.between(row.score_low, row.score_high)
-        groups.append(
-            {
-                "label": UNSCORED.get(row.stratum, row.stratum),
-                "dice": people.loc[inside, "dice"].dropna().to_numpy(float),
-                "median": _float(row.median_dice),
-                "low": _float(row.ci_low),
-                "high": _float(row.ci_high),
-                "apart": apart,
-            }
-        )
-    return sorted(groups, key=lambda group: group["apart"])
-
-
-def cutoff_source(strata):
-    """Say in words where the cut-offs of the strata come from."""
-    words = {"calibration": "the calibration split", "in_sample": "these same patients (in sample)"}
-    sources = sorted(strata["cutoff_source"].dropna().unique())
-    return " and ".join(words.get(source, source) for source in sources) or "nowhere"
-
-
-def _float(value):
-    return math.nan if pd.isna(value) else float(value)
-
-
-# --- figures and tables ---
-
-
-def _write_reliability(run, folder, n_bins):
-    drawn = {}
-    for kind in KINDS:
-        drawn[kind] = []
-        for region in REGIONS:
-            curves = {mask: reliability_points(run.curves, kind, region, mask, n_bins) for mask in CALIBRATION_MASKS}
-            curves = {mask: points for mask, points in curves.items() if len(points[0])}
-            if not curves:
-                drawn[kind].append({"region": region, "path": None})
-                continue
-            name = f"{run.name}_reliability_{kind}_{region}"
-            figures.save_chart(figures.reliability(curves, region, kind, n_bins), folder / "figures", name)
-            alt = "; ".join(
-                f"{mask}: {len(points[0])} bins, {int(points[4].sum()):,} voxels" for mask, points in curves.items()
-            )
-            drawn[kind].append({"region": region, "path": f"figures/{name}", "alt": alt})
-    return drawn
-
-
-def reliability_points(curves, kind, region, mask, n_bins):
-    """Return (x, y, low, high, n) of one pooled reliability diagram, over its non-empty bins."""
-    rows = curves[
-        (curves["curve"] == f"reliability_{kind}")
-        & (curves["region"] == region)
-        & (curves["mask"] == mask)
-        & (curves["measure"] == "probability")
-        & (curves["pooling"] == "pooled")
-        & (curves["n_bins"] == n_bins)
-        & (curves["n"] > 0)
-    ].sort_values("x")
-    return tuple(rows[column].to_numpy(float) for column in ("x", "y", "low", "high", "n"))
-
-
-def convergence_points(metrics, n_bins):
-    """Return a line of the main table at every number of passes, a DataFrame with a row per number that exists.
-
-    Columns are `quantity` (one of `CONVERGING`), `region`, `passes`, `value`, `low`, `high`. Quantities that are known
-    for all passes alone are left out.
-    """
-    lines = {line.key: line for lines in MAIN_TABLE.values() for line in lines}
-    points = []
-    for key in CONVERGING:
-        rows = [
-            {"quantity": key, "region": region, **row}
-            for region in REGIONS
-            for passes in sorted(metrics["passes"].dropna().unique())
-            if (row := find_row(metrics, lines[key], region, n_bins, passes)) and row["value"] is not None
-        ]
-        points += rows if len({row["passes"] for row in rows}) > 1 else []
-    columns = ["quantity", "region", "passes", "value", "ci_low", "ci_high"]
-    table = pd.DataFrame(points, columns=columns).rename(columns={"ci_low": "low", "ci_high": "high"})
-    return table.astype(dict.fromkeys(("value", "low", "high"), float))
-
-
-def _write_convergence(run, folder, points):
-    lines = {line.key: line for lines in MAIN_TABLE.values() for line in lines}
-    drawn = []
-    for key, table in points.groupby("quantity", sort=False):
-        line, name = lines[key], f"{run.name}_convergence_{key}"
-        by_region = dict(list(table.groupby("region", sort=False)))
-        figure = figures.convergence(by_region, line.label, line.mask, from_zero=line.binned)
-        figures.save_chart(figure, folder / "figures", name)
-        alt = "; ".join(
-            f"{region}: " + ", ".join(f"{number(row.value)} after {row.passes}" for row in part.itertuples())
-            for region, part in by_region.items()
-        )
-        drawn.append({"path": f"figures/{name}", "label": line.label, "mask": line.mask, "alt": alt})
-    return drawn
-
-
-def _write_strata(run, folder, groups):
-    drawn = []
-    for region in REGIONS:
-        shown = [group for group in groups[region] if len(group["dice"]) or not group["apart"]]
-        if not any(len(group["dice"]) for group in shown):
-            drawn.append({"region": region, "path": None})
-            continue
-        name = f"{run.name}_strata_{region}"
-        figures.save_chart(figures.strata(shown, region), folder / "figures", name)
-        alt = "; ".join(
-            f"{group['label']}: {len(group['dice'])} patients, median {number(_finite(group['median']), 2)}"
-            for group in shown
-        )
-        drawn.append({"region": region, "path": f"figures/{name}", "alt": alt})
-    return drawn
-
-
-def _finite(value):
-    return value if math.isfinite(value) else None
-
-
-def _write_tables(run, folder, table, points):
+def _write_tables(run, written, table, n_bins):
+    """Write the tables of one model; return [(name, [(kind, address)])]."""
     lines = [
         {
             "model": run.name,
@@ -800,103 +398,64 @@ def _write_tables(run, folder, table, points):
         for line, cells in lines
         for region, entry in zip(REGIONS, cells, strict=True)
     ]
-    curves = run.curves[run.curves["curve"].isin([f"reliability_{kind}" for kind in KINDS])]
-    tables = {"main": pd.DataFrame(lines), "reliability": curves, "strata": run.strata, "patients": run.patients}
-    if len(points):
-        tables["convergence"] = points
-    written = []
-    for name, frame in tables.items():
-        path = f"tables/{run.name}_{name}.csv"
-        write_csv(folder / path, pa.Table.from_pandas(frame, preserve_index=False))
-        written.append((name, path))
-    return written
-
-
-# --- slices ---
-
-
-def showcase(patients, mapped):
-    """Choose the patients whose slices are shown.
-
-    patients : table of patients with `patient`, `region`, `dice`; None without any reference
-    mapped : ids of the patients with maps
-
-    Returns [(caption, patient)]: the best, the median (the lower of two) and the worst by mean Dice over the regions,
-    ties by id; without references the first three ids. Nobody appears twice.
-    """
-    if patients is None:
-        return [("no reference", patient) for patient in sorted(mapped)[:3]]
-    means = patients[patients["patient"].isin(mapped)].groupby("patient")["dice"].mean().dropna()
-    ranked = sorted(means.items(), key=lambda item: (item[1], item[0]))
-    if not ranked:
-        return []
-    if len(ranked) == 1:
-        chosen = {"the only patient": 0}
-    elif len(ranked) == 2:
-        chosen = {"best": 1, "worst": 0}
-    else:
-        chosen = {"best": -1, "median": (len(ranked) - 1) // 2, "worst": 0}
-    return [(f"{name}, mean Dice {number(ranked[place][1], 2)}", ranked[place][0]) for name, place in chosen.items()]
-
-
-def _write_slices(run, results, folder, settings, sheet):
-    people = {person.patient: person for person in sheet}
-    shown = []
-    for caption, patient in showcase(run.patients, [patient for patient in run.mapped if patient in people]):
-        entry = {"caption": caption, "patient": patient, "panels": [], "problem": ""}
-        shown.append(entry)
-        if not ID.fullmatch(patient):
-            entry["problem"] = "This id cannot be part of a file name, so no slice is drawn."
-            continue
-        maps = {
-            name: results / run.name / "maps" / f"{patient}_{name}.nii.gz"
-            for name in ("segmentation", "entropy", "probability")
-        }
-        scan = results / "preprocessed" / f"{patient}.safetensors"
-        absent = [path.name for path in (*maps.values(), scan) if not path.exists()]
-        if absent:
-            entry["problem"] = f"No slice is drawn: {', '.join(absent)} was not made in this run."
-            continue
-        entry.update(_draw_slices(run.name, people[patient], maps, scan, folder, settings["background"]))
-    return shown
-
-
-def _draw_slices(model, person, maps, scan, folder, background):
-    """Write the panels of one patient, and return what the template says about them."""
-    preprocessed, _ = read_preprocessed(scan)
-    geometry = preprocessed.geometry
-    box = (..., *preprocessed.box)
-    probability, entropy = (
-        geometry.to_canonical(np.moveaxis(np.asanyarray(nib.load(maps[name]).dataobj), -1, 0))[box]
-        for name in ("probability", "entropy")
+    main = pd.DataFrame(
+        [
+            {"quantity": f"{line.label} ({line.where})"}
+            | {region: f"{entry.text} {entry.bounds}".strip() for region, entry in zip(REGIONS, cells, strict=True)}
+            for lines in table.values()
+            for line, cells in lines
+        ]
     )
-    predicted = probability >= 0.5
-    reference = None
-    if person.seg:
-        labels = read_reference(person.seg, person.coding, person.patient, geometry).labels
-        reference = region_masks(geometry.to_canonical(labels)[box])
-    level = busiest_slice(predicted[0] if reference is None else predicted[0] | reference[0])
-    spacing = np.abs(np.diag(geometry.canonical_affine)[:2])
-    image = preprocessed.image[MODALITIES.index(background)][..., level]
-    drawn = {"scan": figures.scan_panel(image, predicted[..., level], _at(reference, level), spacing, background)}
-    for index, region in enumerate(REGIONS):
-        known = None if reference is None else reference[index, ..., level]
-        drawn[f"entropy_{region}"] = figures.entropy_panel(
-            image, entropy[index, ..., level], predicted[index, ..., level], known, spacing, region
+    people = f"{run.patients['patient'].nunique():,} patients, {int(run.metrics['passes'].max())} passes"
+    made = {
+        "main": (
+            pd.DataFrame(lines),
+            main,
+            f"{run.name}: segmentation, ranking of errors and calibration, with 95 % intervals over "
+            f"subjects; {people}, "
+            f"{n_bins} bins.",
+        ),
+        "strata": (
+            run.strata,
+            _strata_shown(run.strata),
+            f"{run.name}: median Dice by stratum of the mean entropy in predicted_5mm, with 95 % intervals; {people}.",
+        ),
+        "patients": (run.patients, _patients_shown(run.patients), f"{run.name}: all patients; {people}."),
+        "reliability": (run.curves[run.curves["curve"].isin([f"reliability_{kind}" for kind in KINDS])], None, ""),
+    }
+    points = convergence_points(run.metrics, n_bins)
+    if len(points):
+        made["convergence"] = (
+            points,
+            _convergence_shown(points),
+            f"{run.name}: metrics after the first passes, with 95 % intervals; {people}.",
         )
-    panels = []
-    for name, figure in drawn.items():
-        path = f"figures/{model}_slice_{person.patient}_{name}.png"
-        figures.save_slice(figure, folder / path)
-        panels.append({"name": name, "path": path})
-    return {"panels": panels, "has_reference": reference is not None, "level": level + preprocessed.start[2]}
+    return [(name, written.table(f"{run.name}_{name}", *parts)) for name, parts in made.items()]
 
 
-def _at(volume, level):
-    return None if volume is None else volume[..., level]
+def _strata_shown(strata):
+    rows = strata[(strata["measure"] == SCORE_MEASURE) & (strata["aggregation"] == SCORE_AGGREGATION)]
+    return pd.DataFrame(
+        {
+            "region": rows["region"],
+            "scheme": rows["scheme"],
+            "stratum": rows["stratum"],
+            "patients": rows["n_cases"],
+            "median Dice": [
+                f"{number(_plain(median))} {interval_text(_plain(low), _plain(high))}".strip()
+                for median, low, high in zip(rows["median_dice"], rows["ci_low"], rows["ci_high"], strict=True)
+            ],
+        }
+    )
 
 
-def busiest_slice(membership):
-    """Return the axial slice with most voxels of a membership (x, y, z), the middle one when there are none."""
-    voxels = membership.sum(axis=(0, 1))
-    return int(voxels.argmax()) if voxels.any() else membership.shape[2] // 2
+def _patients_shown(patients):
+    names = {"dice": "Dice", "hd95": "HD95, mm", "volume_ml": "volume, ml", SCORE: "entropy, bits"}
+    held = {label: patients[name] for name, label in names.items() if name in patients}
+    shown = {label: [number(_plain(value)) for value in values] for label, values in held.items()}
+    return pd.DataFrame({"patient": patients["patient"], "region": patients["region"], **shown})
+
+
+def _convergence_shown(points):
+    values = [f"{number(row.value)} {_interval(row)}".strip() for row in points.itertuples()]
+    return points[["quantity", "region", "passes"]].assign(value=values)

@@ -26,10 +26,10 @@ SHAPE = (13, 12, 11)
 REGION_SHARE = np.array([1.0, 0.7, 0.45])[:, None, None, None]  # radii of WT, TC and ET
 
 
-def tally_of(
+def voxels_of(
     seed, radius=4.0, shift=0.5, noise=0.4, passes=4, deterministic=True, order=(0, 1, 2), spread=0.3, n_members=None
 ):
-    """Return the tally of nested balls, predicted with a radius that is off by `shift` and a noise, in voxels."""
+    """Return the voxels of nested balls, predicted with a radius that is off by `shift` and a noise, in voxels."""
     generator = np.random.default_rng(seed)
     distance = np.linalg.norm(np.indices(SHAPE) - np.array([6, 6, 5])[:, None, None, None], axis=0)
     inside = distance <= radius * REGION_SHARE
@@ -49,7 +49,12 @@ def tally_of(
         volumes=(p >= 0.5).sum(axis=(2, 3, 4)),
     )
     brain = np.linalg.norm(np.indices(SHAPE) - np.array([6, 6, 5])[:, None, None, None], axis=0) < 6
-    return Tally.of(voxels(summary, labels, brain, brain, spacing_mm=(1, 1, 1), patient=f"p{seed}"))
+    return voxels(summary, labels, brain, brain, spacing_mm=(1, 1, 1), patient=f"p{seed}")
+
+
+def tally_of(seed, **options):
+    """Return the tally of `voxels_of`."""
+    return Tally.of(voxels_of(seed, **options))
 
 
 def sheet(n, **columns):
@@ -599,3 +604,22 @@ def test_every_value_has_an_interval_or_says_why_not():
     assert without["interval"].str.startswith("none: ").all()
     reasons = set(without["interval"].str.removeprefix("none: ").str.split(";").str[0])
     assert {"a bound", "a count", "a threshold", "see cliffs_delta"} <= reasons
+
+
+def test_distributions_of_entropy_are_histograms_of_wrong_and_correct_voxels():
+    # 4 passes: means of probabilities, and many voxels at exactly the same entropy
+    patients = [voxels_of(k, shift=0.3 + 0.2 * k, noise=0.1 * k) for k in range(3)]
+    curves = frames(evaluate([Tally.of(found) for found in patients], sheet(3)))["curves"]
+    voxels_found = pd.concat([found.to_pandas() for found in patients])
+    inside = voxels_found[voxels_found["in_brain"]]
+    for region, codes in (("WT", (1, 2, 3)), ("TC", (1, 3)), ("ET", (3,))):
+        probability = inside[f"probability_{region}"].to_numpy(np.float64)
+        wrong = (probability >= 0.5) != inside["reference"].isin(codes).to_numpy()
+        for outcome, chosen in (("wrong", wrong), ("correct", ~wrong)):
+            expected, _ = np.histogram(binary_entropy(probability[chosen]), bins=np.arange(41) / 40)
+            keys = (curves["region"] == region) & (curves["mask"] == "brain") & (curves["measure"] == "entropy")
+            found = curves[keys & (curves["curve"] == f"distribution_{outcome}")].sort_values("point")
+            assert found["n"].tolist() == expected.tolist()
+            assert expected.sum() > 50
+            assert found["y"].to_numpy() == pytest.approx(expected / expected.sum(), abs=1e-15)
+            assert found["x"].to_numpy() == pytest.approx((np.arange(40) + 0.5) / 40, abs=1e-15)

@@ -1,7 +1,8 @@
 """Show what was found: one HTML folder that opens from disk.
 
-in:   results/{model}/cohort/, results/{model}/maps/, results/preprocessed/, the references of the patients shown
-out:  results/report/index.html, figures/ and tables/ beside it
+in:   results/{model}/cohort/, results/comparison/, results/{model}/maps/, results/preprocessed/, the references of the
+      patients shown
+out:  results/report/index.html; assets/, figures/ and tables/ beside it
 """
 
 
@@ -12,6 +13,7 @@ report: "../report/workflow.rst"
 rule report:
     input:
         cohorts=every_cohort,
+        comparison=every_comparison,
         triage=every_triage,
         maps=every_map,
         scans=sampled_scans,
@@ -24,8 +26,8 @@ rule report:
     conda:
         "../../envs/segtrust.yaml"
     resources:
-        mem_mb=each_attempt(2000),
-        runtime=each_attempt(20),
+        mem_mb=each_attempt(3000),
+        runtime=each_attempt(30),
     params:
         settings=STUDY.report_settings(),
         models=list(STUDY.models),
@@ -33,6 +35,6 @@ rule report:
         left_out=canonical_json(STUDY.not_evaluated),
         sources=sources_of_models(),
         code=code("report"),
-        templates=templates("index.html", "style.css"),
+        templates=templates("index.html", "index.js", "style.css"),
     script:
         "../scripts/report.py"
