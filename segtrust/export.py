@@ -18,6 +18,7 @@ import segtrust
 from segtrust.config import checked_config
 from segtrust.errors import SegtrustError
 from segtrust.files import canonical_json, provenance_of, replacing
+from segtrust.progress import progress
 from segtrust.provenance import file_digest
 
 # patterns below results/: of each model, and of the study
@@ -58,7 +59,7 @@ def export(study, archive, extras=()):
     config = checked_config(yaml.safe_load((study / "config.yaml").read_text(encoding="utf-8")))
     files = files_of(study, config, extras)
     provenance = canonical_json(provenance_of_tables(study, config["models"])).encode()
-    digests = {name: file_digest(path) for name, path in files.items()}
+    digests = {name: file_digest(path) for name, path in progress(files.items(), "files read")}
     digests[PROVENANCE] = hashlib.sha256(provenance).hexdigest()
     manifest = "".join(f"{digest}  {name}\n" for name, digest in sorted(digests.items())).encode()
     with (
@@ -70,7 +71,7 @@ def export(study, archive, extras=()):
     ):
         for name, content in ((MANIFEST, manifest), (PROVENANCE, provenance)):
             _add(tar, f"{study.name}/{name}", len(content), io.BytesIO(content))
-        for name, path in sorted(files.items()):
+        for name, path in progress(sorted(files.items()), "files packed"):
             with open(path, "rb") as file:
                 _add(tar, f"{study.name}/{name}", path.stat().st_size, file)
     return _summary(study, archive, files, config["models"])

@@ -5,7 +5,6 @@ section 10). After E. Ledda, G. Fumera and F. Roli, Dropout injection at test ti
 quantification in neural networks, Information Sciences 645:119356, 2023, which treats regression.
 """
 
-import time
 from collections.abc import Sequence
 
 import numpy as np
@@ -14,6 +13,7 @@ from segtrust.cases import read_with_reference
 from segtrust.errors import SegtrustError
 from segtrust.jobs import log_line
 from segtrust.masks import predicted_5mm
+from segtrust.progress import counting
 from segtrust.regions import REGIONS, region_masks
 from segtrust.sample import sample
 from segtrust.sources import Source
@@ -70,25 +70,27 @@ def fit(cases, open_at, *, inject, passes, batch, sampling, log=log_line):
     SegtrustError where no rate can be chosen.
     """
     automatic = inject["rate"] == "auto"
+    rates = RATES if automatic else (inject["rate"],)
     curve = []
-    for rate in RATES if automatic else (inject["rate"],):
-        backend = open_at(rate=rate)
-        found = []
-        for patient, scan, labels in cases:
-            began = time.perf_counter()
-            moments = sample(
-                scan,
-                backend,
-                passes=range(passes),
-                patient=patient,
-                source=Source(0),
-                batch=batch,
-                log=_nothing,
-                **sampling,
-            )
-            found.append(measure(moments, labels, passes))
-            log(f"rate {rate:g}, {patient}: {_told(found[-1])}, {time.perf_counter() - began:.1f} s")
-        curve.append(point(rate, found))
+    with counting(len(rates) * len(cases), "patients at each rate", log=log) as count:
+        for rate in rates:
+            backend = open_at(rate=rate)
+            found = []
+            for patient, scan, labels in cases:
+                moments = sample(
+                    scan,
+                    backend,
+                    passes=range(passes),
+                    patient=patient,
+                    source=Source(0),
+                    batch=batch,
+                    log=_nothing,
+                    **sampling,
+                )
+                found.append(measure(moments, labels, passes))
+                done = len(curve) * len(cases) + len(found)
+                count.reached(done, f"rate {rate:g}, {patient}: {_told(found[-1])}")
+            curve.append(point(rate, found))
     chosen = choose(curve) if automatic else curve[0]
     log(f"rate {chosen['rate']:g} of\n{_table(curve)}")
     return {

@@ -21,6 +21,7 @@ from scipy import ndimage
 
 from segtrust.errors import SegtrustError
 from segtrust.files import replacing
+from segtrust.progress import progress
 
 MODALITIES = ("t1", "t1ce", "t2", "flair")
 CODING = "brats2021"
@@ -563,7 +564,7 @@ def write_cohort(folder, n_patients, shape, seed, splits=None):
     assigned += ["test"] * (n_patients - len(assigned))
     folder = Path(folder)
     rows = []
-    for index, split in enumerate(assigned, start=1):
+    for index, split in enumerate(progress(assigned, "patients drawn"), start=1):
         patient = f"phantom_{index:04d}"
         write_patient(folder, patient, phantom(seed, index, shape))
         files = {name: _path("", patient, name).as_posix() for name in (*MODALITIES, "seg")}

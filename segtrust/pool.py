@@ -21,6 +21,7 @@ from segtrust.bins import JOINT_BINS, SCORE_BINS
 from segtrust.errors import SegtrustError
 from segtrust.files import provenance_of
 from segtrust.intervals import Draws
+from segtrust.progress import progress
 from segtrust.tally import (
     ALL,
     CLASS_KINDS,
@@ -212,8 +213,9 @@ def pooled_metrics(sources, subsets, *, n_bins, threads, brief=False, fitting=No
     """
     available = frozenset.intersection(*(source.tally.available for source in sources))
     run = _Run(sources, subsets, n_bins, threads, brief, fitting or [], available, wanted or (lambda *_: True))
-    for region in TALLY_REGIONS:
-        yield from run.region(region)
+    found = (pooled for region in TALLY_REGIONS for pooled in run.region(region))
+    # of tallies after fewer passes there are few, soon pooled
+    yield from found if brief else progress(found, "measures pooled", total=run.n_pooled())
 
 
 @dataclass
@@ -227,9 +229,16 @@ class _Run:
     available: frozenset
     wanted: object
 
+    def n_pooled(self):
+        return len(self.subsets) * sum(len(held) for region in TALLY_REGIONS for held in self._held(region))
+
+    def _held(self, region):
+        """Return the (mask, measure) and the (mask, kind of probability) of a region that are pooled, two lists."""
+        held = (of(region, self.available, self.brief) for of in (values.rows_of, values.kinds_of))
+        return [[row for row in rows if self.wanted(region, *row)] for rows in held]
+
     def region(self, region):
-        rows = [row for row in values.rows_of(region, self.available, self.brief) if self.wanted(region, *row)]
-        kinds = [row for row in values.kinds_of(region, self.available, self.brief) if self.wanted(region, *row)]
+        rows, kinds = self._held(region)
         n_cases, floats = len(self.sources), np.dtype(np.float32).itemsize
         if self.brief and rows:
             sums, coarse, held = _Sums(rows, n_cases, ()), _Coarse(rows, n_cases), _Calibrations(region, kinds, n_cases)

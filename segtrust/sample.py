@@ -15,6 +15,7 @@ from segtrust.jobs import log_line
 from segtrust.moments import Accumulator, TensorAccumulator, write_moments
 from segtrust.outputs import region_probability
 from segtrust.preprocess import read_preprocessed
+from segtrust.progress import counting
 from segtrust.provenance import file_digest, settings_digest, versions
 from segtrust.sources import source_named
 from segtrust.windows import slide, view
@@ -104,7 +105,7 @@ def sample(
         window by itself, as naive loops do: for comparison, because it blends networks where windows overlap
     batch : passes and windows computed together, or "auto". On a CPU every batch is filled up, so that the same passes
         give the same bits however they are split over jobs. A batch that does not fit a GPU's memory is halved
-    log : function that takes a line of text
+    log : function that takes a line of text, one per batch among them; on a terminal the default shows a bar instead
 
     Memory does not depend on the number of passes. Raises SegtrustError when several passes are asked for and no
     dropout layer is active, when the network does not take the window, and when a single pass does not fit.
@@ -157,30 +158,30 @@ def sample(
     elif batch == "auto":
         batch = backend.batch(lambda: logits_of(None, 1), int(np.prod(window or seen.image.shape[1:])))
     first = passes.start
-    while first < passes.stop:
-        began = time.perf_counter()
-        numbers = list(range(first, min(first + batch, passes.stop)))
-        n_filled = batch if backend.device == "cpu" else len(numbers)
-        computed = numbers + numbers[-1:] * (n_filled - len(numbers))
-        logits = None
-        try:
-            logits = logits_of(computed, max(batch // n_filled, 1))
-        except backend.out_of_memory:
-            if batch == 1:
-                raise SegtrustError(
-                    f"{patient}: one pass of {size} voxels does not fit the memory of the {backend.device}; "
-                    "give a smaller window or crop, or device: cpu"
-                ) from None
-        if logits is None:  # out here nothing holds on to what was computed
-            batch //= 2
-            backend.after_out_of_memory()
-            log(f"{patient}: out of memory; going on with batches of {batch}")
-            continue
-        for position, number in enumerate(numbers):
-            accumulator.add(number, region_probability(logits[position : position + 1], outputs)[0])
-        first += len(numbers)
-        seconds = (time.perf_counter() - began) / len(numbers)
-        log(f"{patient}: pass {numbers[-1]} of {passes.start}–{passes.stop - 1}, {seconds:.1f} s per pass")
+    with counting(len(passes), f"passes of {patient}", log=log) as count:
+        while first < passes.stop:
+            numbers = list(range(first, min(first + batch, passes.stop)))
+            n_filled = batch if backend.device == "cpu" else len(numbers)
+            computed = numbers + numbers[-1:] * (n_filled - len(numbers))
+            logits = None
+            try:
+                logits = logits_of(computed, max(batch // n_filled, 1))
+            except backend.out_of_memory:
+                if batch == 1:
+                    raise SegtrustError(
+                        f"{patient}: one pass of {size} voxels does not fit the memory of the {backend.device}; "
+                        "give a smaller window or crop, or device: cpu"
+                    ) from None
+            if logits is None:  # out here nothing holds on to what was computed
+                batch //= 2
+                backend.after_out_of_memory()
+                count.say(f"{patient}: out of memory; going on with batches of {batch}")
+                continue
+            for position, number in enumerate(numbers):
+                accumulator.add(number, region_probability(logits[position : position + 1], outputs)[0])
+            first += len(numbers)
+            # where the log is a worker's, here it learns that its job has gone
+            count.reached(first - passes.start)
     return accumulator.moments(seen.start, scan.geometry, seen.back)
 
 

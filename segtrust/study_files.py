@@ -9,6 +9,7 @@ from segtrust.files import replacing
 from segtrust.layouts import find_patients, sheet_path
 from segtrust.patients import header_problems, read_sheet
 from segtrust.preprocess import MODALITIES
+from segtrust.progress import progress
 from segtrust.regions import CODINGS
 from segtrust.volumes import geometry_of, load_image
 
@@ -43,7 +44,7 @@ def start_study(folder, study, coding, replace):
     with replacing(sheet) as partial:
         partial.write_text("\n".join(lines) + "\n", encoding="utf-8")
         patients = read_sheet(partial)
-        problems = header_problems(patients)
+        problems = header_problems(progress(patients, "patients checked"))
         raise_if_any([message for messages in problems.values() for message in messages])
     with replacing(config) as partial:
         partial.write_text(TEMPLATE.read_text(encoding="utf-8"), encoding="utf-8")

@@ -8,6 +8,7 @@ from segtrust.alarms import listed
 from segtrust.errors import Problems, raise_if_any
 from segtrust.files import read_json, write_csv, write_json, write_parquet
 from segtrust.pool import StoredTally
+from segtrust.progress import progress
 
 TABLES = ("metrics", "patients", "strata")
 # what has to be the same for all patients of a model; of a comparison, all but the model itself
@@ -25,7 +26,7 @@ def read_tallies(paths, rows):
     Returns (list of StoredTally, DataFrame of the patients, provenance they share). Raises Problems when tallies were
     made with different weights, settings or code, naming patients.
     """
-    tallies = [StoredTally(path) for path in paths]
+    tallies = [StoredTally(path) for path in progress(paths, "tallies read")]
     provenances = [tally.provenance for tally in tallies]
     check_agreement({row["patient"]: provenance for row, provenance in zip(rows, provenances, strict=True)})
     patients = pd.DataFrame(

@@ -6,7 +6,6 @@ was stopped goes on exactly where it was.
 
 import hashlib
 import math
-import time
 from pathlib import Path
 
 import numpy as np
@@ -31,6 +30,7 @@ from segtrust.jobs import log_line
 from segtrust.networks import arithmetic, divisor, torch_device
 from segtrust.outputs import region_probability
 from segtrust.preprocess import MODALITIES
+from segtrust.progress import counting
 from segtrust.regions import CLASSES, REGIONS, region_masks
 from segtrust.windows import padded, slide
 
@@ -94,9 +94,13 @@ def train(
     order = [MODALITIES.index(modality) for modality in channels]
     step = divisor(network, len(channels)) if window is None else 1
     iterations, every = settings["iterations"], settings["validate_every"]
-    losses, began = [], time.perf_counter()
+    losses = []
     log(f"{len(training)} patients train, {len(validation)} validate; {iterations} iterations on {place.type}")
-    with torch.random.fork_rng(devices=range(torch.cuda.device_count())), arithmetic(place, "float32"):
+    with (
+        torch.random.fork_rng(devices=range(torch.cuda.device_count())),
+        arithmetic(place, "float32"),
+        counting(iterations, "iterations", first=done, log=log) as count,
+    ):
         for iteration in range(done, iterations):
             images, labels = _batch(training, augment, order, settings["batch"], seed, iteration)
             rate = _learning_rate(settings["learning_rate"], iteration, iterations)
@@ -113,9 +117,8 @@ def train(
             optimiser.step()
             losses.append(float(loss.detach()))
             finished = iteration + 1
-            if finished % max(iterations // LINES_PER_TRAINING, 1) == 0:
-                seconds = (time.perf_counter() - began) / (finished - done)
-                log(f"iteration {finished} of {iterations}: loss {losses[-1]:.3f}, {seconds:.2f} s per iteration")
+            if finished % max(iterations // LINES_PER_TRAINING, 1) == 0 or finished == iterations:
+                count.reached(finished, f"loss {losses[-1]:.3f}")
             if finished % every == 0 or finished == iterations:
                 with arithmetic(place, settings["precision"]):
                     dice = _validate(network, validation, order, outputs, window, overlap, step, place)
@@ -124,7 +127,7 @@ def train(
                 if best is None or np.mean(dice) > best["dice"]:
                     best = {"dice": float(np.mean(dice)), "iteration": finished, "weights": _weights(network)}
                 named = ", ".join(f"{region} {value:.3f}" for region, value in zip(REGIONS, dice, strict=True))
-                log(f"validation after {finished} of {iterations}: Dice {named}; best at {best['iteration']}")
+                count.say(f"validation after {finished} of {iterations}: Dice {named}; best at {best['iteration']}")
                 _save(
                     state,
                     {

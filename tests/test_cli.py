@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 import yaml
 from conftest import write_patient
+from test_progress import shown, terminal
 
 from segtrust import cli
 from segtrust.config import checked_config
@@ -109,6 +110,22 @@ def test_phantom_draws_a_cohort_with_its_splits(tmp_path):
     assert cli.main(["phantom", folder, "--patients", "3", "--shape", "28", "30", "26", "--train", "1"]) == 0
     patients = read_sheet(tmp_path / "demo/patients.tsv")
     assert [patient.split for patient in patients] == ["train", "test", "test"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "bar"),
+    [
+        (["init", "data", "study"], "patients checked: 3 of 3 |"),
+        (["phantom", "demo", "--patients", "2", "--shape", "28", "30", "26"], "patients drawn: 2 of 2 |"),
+    ],
+)
+def test_commands_that_take_long_show_a_bar_above_what_they_say(data, monkeypatch, arguments, bar):
+    monkeypatch.chdir(data.parent)
+    with terminal() as sent:
+        assert cli.main(arguments) == 0
+    first, *said = shown(sent())
+    assert first.startswith(bar)
+    assert said
 
 
 def test_unknown_options_of_other_commands_are_refused(tmp_path):

@@ -16,6 +16,7 @@ import pyarrow.parquet as pq
 import pytest
 import yaml
 from conftest import draw_scan, save, write_patient, write_sheet
+from test_progress import shown, terminal
 
 from segtrust import cli
 from segtrust.config import ROOT
@@ -104,6 +105,16 @@ def test_scans_and_weights_never_go_in(study, tmp_path):
     export(study, tmp_path / "a.tar.gz", EXTRAS)
     names = set(contents(tmp_path / "a.tar.gz"))
     assert not [name for name in names if re.search(r"preprocessed|^data|\.pt$|\.traced", name)]
+
+
+def test_a_bar_counts_the_files(study, tmp_path):
+    with terminal() as sent:
+        export(study, tmp_path / "a.tar.gz")
+    n = len(contents(tmp_path / "a.tar.gz")) - 2  # manifest and provenance are made
+    assert [line.partition(" |")[0] for line in shown(sent())] == [
+        f"files read: {n} of {n}",
+        f"files packed: {n} of {n}",
+    ]
 
 
 def test_the_manifest_has_the_digest_of_every_other_file(study, tmp_path):

@@ -455,7 +455,8 @@ def test_the_largest_rate_that_costs_nothing_is_chosen_and_each_is_opened_once()
     assert opened == [each["rate"] for each in found["curve"]] == list(RATES)
     assert (found["rate"], found["chosen"]) == (0.1, "auto")
     assert len(lines) == 2 * len(RATES) + 1
-    assert lines[0].startswith("rate 0.01, a: Dice WT 1.000 (+0.000)")
+    assert lines[0].startswith("patients at each rate: 1 of 18, ")
+    assert "; rate 0.01, a: Dice WT 1.000 (+0.000)" in lines[0]
 
 
 def test_a_rate_at_which_passes_do_not_differ_is_not_chosen():

@@ -3,6 +3,7 @@ from functools import cache
 import numpy as np
 import pytest
 from test_cohort import tally_of, twelve
+from test_progress import shown, terminal
 
 from segtrust import metrics, pool, values
 from segtrust.errors import SegtrustError
@@ -10,6 +11,7 @@ from segtrust.intervals import Draws, draw
 from segtrust.masks import BANDS, MASKS
 from segtrust.measures import MEASURES
 from segtrust.pool import HeldTally, StoredTally, Subset, pooled_metrics
+from segtrust.tables import read_tallies
 from segtrust.tally import PROBABILITY, pooled
 from segtrust.values import Key, to_text, values_of
 
@@ -208,3 +210,25 @@ def test_series_that_only_some_patients_have_are_left_out_of_what_is_pooled():
     measures = {one.measure for one in pooled_metrics(held, [Subset(np.arange(2), None)], **SETTINGS)}
     assert "entropy" in measures
     assert not {"deterministic_entropy", "probability_deterministic"} & measures
+
+
+@pytest.mark.parametrize("wanted", [None, lambda region, mask, measure: region == "TC" and mask == "brain"])
+def test_a_bar_counts_what_is_pooled(wanted):
+    held = [HeldTally(tally_of(0)), HeldTally(tally_of(1))]
+    subsets = [Subset(np.arange(2), None), Subset(np.arange(1), None)]
+    with terminal() as sent:
+        n = len(list(pooled_metrics(held, subsets, wanted=wanted, **SETTINGS)))
+    (bar,) = shown(sent())
+    assert n > 2
+    assert bar.startswith(f"measures pooled: {n} of {n} |")
+
+
+def test_a_bar_counts_the_tallies_that_are_read(tmp_path):
+    rows = [dict.fromkeys(("patient", "subject", "split", "coding"), name) | {"extra": {}} for name in "ab"]
+    for number, row in enumerate(rows):
+        tally_of(number).write(tmp_path / row["patient"], {}, to_text(tally_of(number)))
+    with terminal() as sent:
+        tallies, _, _ = read_tallies([tmp_path / row["patient"] for row in rows], rows)
+    assert len(tallies) == 2
+    (bar,) = shown(sent())
+    assert bar.startswith("tallies read: 2 of 2 |")

@@ -210,8 +210,9 @@ def test_bfloat16_is_close_to_float32_and_not_the_same():
 
 def test_progress_is_one_line_a_batch():
     lines = []
-    draw(range(4), batch=2, log=lines.append)
-    assert len([line for line in lines if "per pass" in line]) == 2
+    draw(range(2, 6), batch=2, log=lines.append)
+    told = [line.partition(", ")[0] for line in lines if line.startswith("passes of ")]
+    assert told == ["passes of a: 2 of 4", "passes of a: 4 of 4"]
 
 
 def test_a_network_that_sees_the_scan_flipped_gives_its_map_in_place():

@@ -109,11 +109,11 @@ def test_the_table_of_a_curve_has_its_columns_and_rows(tmp_path):
     assert curve_table(curve).to_pylist() == curve.to_dict("records")
 
 
-@pytest.mark.parametrize("moment", ["iteration 3 of 6", "validation after 4 of 6", "going on"])
+@pytest.mark.parametrize("moment", ["iterations: 3 of 6", "validation after 4 of 6", "going on"])
 def test_a_training_that_was_killed_goes_on_to_the_same_result(tmp_path, moment):
     whole, stopped = folders(tmp_path)
     expected = run(whole)
-    for words in ("iteration 3 of 6", moment):
+    for words in ("iterations: 3 of 6", moment):
         with pytest.raises(Killed):
             run(stopped, log=killer(words))
     assert not (stopped / "checkpoint.pt").exists()
@@ -126,7 +126,7 @@ def test_a_training_that_was_killed_goes_on_to_the_same_result(tmp_path, moment)
 
 def test_the_state_holds_nothing_that_must_be_unpickled(tmp_path):
     with pytest.raises(Killed):
-        run(tmp_path, log=killer("iteration 3 of 6"))
+        run(tmp_path, log=killer("iterations: 3 of 6"))
     assert torch.load(tmp_path / "state.pt", weights_only=True)["done"] == 2
 
 
@@ -135,7 +135,7 @@ def test_the_state_holds_nothing_that_must_be_unpickled(tmp_path):
 )
 def test_the_state_of_another_training_is_not_used(tmp_path, change):
     with pytest.raises(Killed):
-        run(tmp_path, log=killer("iteration 3 of 6"), **change)
+        run(tmp_path, log=killer("iterations: 3 of 6"), **change)
     lines = []
     curve = run(tmp_path, iterations=6, log=lines.append)
     assert any("belongs to another training" in line for line in lines)

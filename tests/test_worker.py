@@ -136,7 +136,7 @@ class Job(Thread):
             self.error = error
 
     def is_computed(self):
-        return sum(", pass " in line or ": pass " in line for line in self.lines) > 2
+        return sum("passes of " in line for line in self.lines) > 2
 
 
 def test_a_worker_writes_the_very_bytes_that_a_job_writes_without(study):
@@ -277,7 +277,7 @@ def test_a_job_with_a_worker_imports_no_library_that_computes(study):
 
 def test_a_patient_whose_job_was_killed_is_given_up_without_an_output(study):
     with start_client(study, last=MANY) as client:
-        until(lambda: ": pass " in client.stdout.readline())
+        until(lambda: "passes of " in client.stdout.readline())
         client.kill()
     until(lambda: "given up, its job has gone" in said(study))
     assert not (study / "moments.safetensors").exists()
