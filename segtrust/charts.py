@@ -99,8 +99,15 @@ def _of_region(chart, region):
 
 def _axis(channel, title, domain, **axis):
     """Return the encoding of the column `x` or `y`, over a domain."""
-    kind, name = {alt.X: (alt.X, "x:Q"), alt.Y: (alt.Y, "y:Q")}[channel]
-    return kind(name, title=title, scale=alt.Scale(domain=list(domain)), axis=alt.Axis(**axis))
+    name = "x:Q" if channel is alt.X else "y:Q"
+    return channel(name, title=title, scale=alt.Scale(domain=list(domain)), axis=alt.Axis(**axis))
+
+
+def _ranges(base, axis):
+    """Return where intervals are drawn: a chart from `low` to `high` on the axis (alt.Y) of a value, without nulls."""
+    low = axis.copy()
+    low.shorthand = "low:Q"
+    return base.transform_filter("isValid(datum.low)").encode(y=low, y2="high:Q")
 
 
 def _number(name, title, form=".3f"):
@@ -171,7 +178,7 @@ def reliability(points, region, kind, n_bins):
     size = alt.condition("datum.role == 'chosen'", alt.value(38), alt.value(20))
     diagram = alt.layer(
         _reference_line([(first, first), (1, 1)]).encode(x=x, y=y),
-        chosen.mark_area(color=colour, opacity=0.2).encode(x=x, y="low:Q", y2="high:Q"),
+        _ranges(chosen, y).mark_area(color=colour, opacity=0.2).encode(x=x),
         base.mark_line(color=colour).encode(x=x, y=y, strokeDash=alt.StrokeDash("role:N", scale=scale, legend=named)),
         base.mark_point(color=colour, opacity=1).encode(x=x, y=y, tooltip=tooltip, size=size),
         _note(1, 0.03, "over-confident" if top_label else "probability too high", "right"),
@@ -282,7 +289,7 @@ def distances(points, region):
         _number("n", "voxels", ","),
     ]
     lines = base.mark_line().encode(y=y)
-    ranges = base.mark_rule(opacity=0.6, strokeDash=SOLID).encode(y="low:Q", y2="high:Q")
+    ranges = _ranges(base, y).mark_rule(opacity=0.6, strokeDash=SOLID)
     dots = base.mark_point(opacity=1).encode(y=y, tooltip=tooltip)
     return _of_region(alt.layer(lines, ranges, dots), region)
 
@@ -300,7 +307,7 @@ def retention(points, region):
     )
     entropy = base.transform_filter("datum.measure == 'entropy'")
     tooltip = [alt.Tooltip("measure:N"), _number("x", "replaced"), _number("y", "mean Dice")]
-    band = entropy.mark_area(color=REGION_COLOURS[region], opacity=0.15, clip=True).encode(x=x, y="low:Q", y2="high:Q")
+    band = _ranges(entropy, y).mark_area(color=REGION_COLOURS[region], opacity=0.15, clip=True).encode(x=x)
     lines = base.mark_line(clip=True).encode(x=x, y=y, tooltip=tooltip, **_by_measure(points, region))
     return _of_region(alt.layer(band, lines), region)
 
@@ -349,7 +356,7 @@ def strata(patients, medians, region):
     ticks = base.mark_tick(color=INK, thickness=2, size=34).encode(
         y=y, tooltip=[alt.Tooltip("stratum:N"), _number("y", "median"), _number("low", "from"), _number("high", "to")]
     )
-    ranges = base.mark_rule(color=INK, strokeWidth=1.2).encode(y="low:Q", y2="high:Q")
+    ranges = _ranges(base, y).mark_rule(color=INK, strokeWidth=1.2)
     return _of_region(alt.layer(dots, ranges, ticks), region)
 
 
@@ -441,9 +448,7 @@ def convergence(points, title, mask, from_zero):
     y = alt.Y("value:Q", title=f"on {mask}", scale=scale)
     tooltip = [alt.Tooltip("region:N"), alt.Tooltip("passes:Q"), _number("value", title, ".4f")]
     lines = base.mark_line().encode(x=x, y=y, color=colour)
-    ranges = base.mark_rule(opacity=0.7).encode(
-        x=x, y=alt.Y("low:Q", title=f"on {mask}", scale=scale), y2="high:Q", color=colour
-    )
+    ranges = _ranges(base, y).mark_rule(opacity=0.7).encode(x=x, color=colour)
     dots = base.mark_point(opacity=1).encode(x=x, y=y, color=colour, tooltip=tooltip)
     chart = alt.layer(ranges, lines, dots).properties(width=WIDTH, height=190)
     return _finished(chart, title)
@@ -471,9 +476,7 @@ def qu_brats(points, region):
     x, y = _axis(alt.X, "threshold τ, 100 × bits", (0, 100)), _axis(alt.Y, "mean over patients", (0, 1))
     tooltip = [alt.Tooltip("part:N"), _number("x", "τ", ".1f"), _number("y", "value")]
     legend = alt.Legend(columns=3, symbolType="stroke")
-    band = base.mark_area(color=REGION_COLOURS[region], opacity=0.12).encode(
-        x=x, y="low:Q", y2="high:Q", detail="part:N"
-    )
+    band = _ranges(base, y).mark_area(color=REGION_COLOURS[region], opacity=0.12).encode(x=x, detail="part:N")
     lines = base.mark_line(color=REGION_COLOURS[region]).encode(
         x=x, y=y, strokeDash=alt.StrokeDash("part:N", scale=dashes, legend=legend), tooltip=tooltip
     )
@@ -505,9 +508,20 @@ def differences(rows, title):
         _number("high", "to"),
         _number("p_value_holm", "p (Holm)", ".3g"),
     ]
-    x = alt.X("value:Q", title="difference")
-    zero = alt.Chart(alt.Data(values=[{"x": 0}])).mark_rule(color=MUTED, strokeDash=DOTTED).encode(x="x:Q")
-    ranges = base.mark_rule(strokeWidth=1.6).encode(x=alt.X("low:Q", title="difference"), x2="high:Q")
+    held = np.append(rows[["value", "low", "high"]].to_numpy(float), 0)
+    margin = 0.05 * (np.nanmax(held) - np.nanmin(held)) or 0.05
+    scale = alt.Scale(domain=[float(np.nanmin(held) - margin), float(np.nanmax(held) + margin)])
+    x = alt.X("value:Q", title="difference", scale=scale)
+    zero = (
+        alt.Chart(alt.Data(values=[{"x": 0}]))
+        .mark_rule(color=MUTED, strokeDash=DOTTED)
+        .encode(x=alt.X("x:Q", scale=scale))
+    )
+    ranges = (
+        base.transform_filter("isValid(datum.low)")
+        .mark_rule(strokeWidth=1.6)
+        .encode(x=alt.X("low:Q", title="difference", scale=scale), x2="high:Q")
+    )
     dots = base.mark_point(opacity=1, size=44).encode(x=x, tooltip=tooltip)
     chart = alt.layer(zero, ranges, dots).properties(width=420, height={"step": 16})
     return _finished(chart, title)

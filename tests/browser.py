@@ -73,3 +73,36 @@ def unresolved(page, path):
     )
     files = {link.split("#")[0] for link in found if not link.startswith(("data:", "blob:"))}
     return sorted(link for link in files if link and not (path.parent / link).exists())
+
+
+def alive(page, chart):
+    """Scroll to a chart of the report, wait until it can be pointed at, and return it."""
+    plot = page.locator(f'[data-chart="{chart}"]')
+    plot.scroll_into_view_if_needed()
+    page.wait_for_selector(f'[data-chart="{chart}"][data-live]')
+    return plot
+
+
+def every_chart_alive(page):
+    """Scroll through all charts of the report; return how many there are."""
+    charts = page.eval_on_selector_all("[data-chart]", "(all) => all.map((one) => one.dataset.chart)")
+    for chart in charts:
+        alive(page, chart)
+    return len(charts)
+
+
+def complaints_of(chromium, report):
+    """Open all pages of a report, wide and narrow; return what is wrong with any, a list of text.
+
+    report : Path of its folder
+    """
+    paths = [report / "index.html", *sorted(report.glob("triage/*.html")), *sorted(report.glob("patients/*/*.html"))]
+    found = []
+    for path in paths:
+        for size in (DESKTOP, PHONE):
+            with opened(chromium, path, size) as (page, seen):
+                every_chart_alive(page)
+                wide = page.evaluate("() => document.documentElement.scrollWidth") > size[0]
+                said = [*seen.complaints, *seen.network, *unresolved(page, path)] + ["wider than the screen"] * wide
+                found += [f"{path.relative_to(report)} at {size[0]} pixels: {one}" for one in said]
+    return found

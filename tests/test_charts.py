@@ -143,3 +143,10 @@ def test_the_legend_of_volumes_lies_within_the_volumes(largest):
     shown = charts._round(pd.Series([0.0, largest / 3, largest]))
     assert shown == sorted(set(shown))
     assert 0 < shown[0] < shown[-1] <= largest
+
+
+def test_where_no_interval_exists_charts_are_drawn_without(diagram):
+    table = diagram[0].assign(low=np.nan, high=np.nan)
+    svg = svg_of(specification(charts.reliability(table, "ET", "top_label", N_BINS)))
+    assert "NaN" not in svg
+    assert "Infinity" not in svg

@@ -9,6 +9,7 @@ import pandas as pd
 import pytest
 import torch
 import yaml
+from browser import complaints_of
 from test_workflow import planned, snakemake
 
 from segtrust import cli
@@ -43,6 +44,10 @@ def study(tmp_path_factory):
 def test_both_patients_come_through_to_the_report(study):
     assert (study / "results/report/index.html").is_file()
     assert planned(study) == {}
+
+
+def test_every_page_of_the_report_opens_and_its_links_resolve(study, chromium):
+    assert complaints_of(chromium, study / "results/report") == []
 
 
 def test_region_sizes_are_those_the_data_were_published_with(study):
