@@ -484,47 +484,42 @@ def qu_brats(points, region):
 
 
 def differences(rows, title):
-    """Draw differences between two models with their intervals, by region.
+    """Draw differences between two models with their intervals, by region: a strip a quantity, on an axis of its own.
 
     rows : DataFrame with `region`, `quantity`, `value`, `low`, `high`, `p_value_holm`, in the order they are shown
     """
-    quantities = list(dict.fromkeys(rows["quantity"]))
+    strips = [_strip(part, quantity) for quantity, part in rows.groupby("quantity", sort=False)]
+    return _finished(alt.vconcat(*strips, spacing=4), title)
+
+
+def _strip(rows, quantity):
     regions = [region for region in REGIONS if region in set(rows["region"])]
-    colour = alt.Color(
-        "region:N",
-        scale=alt.Scale(domain=regions, range=[REGION_COLOURS[region] for region in regions]),
-        legend=alt.Legend(columns=3, symbolType="circle"),
+    colours = alt.Scale(domain=regions, range=[REGION_COLOURS[region] for region in regions])
+    held = np.append(rows[["value", "low", "high"]].to_numpy(float), 0)
+    margin = 0.05 * (np.nanmax(held) - np.nanmin(held)) or 0.05
+    scale = alt.Scale(domain=[float(np.nanmin(held) - margin), float(np.nanmax(held) + margin)], nice=False)
+    axis = alt.Axis(tickCount=6)
+    base = alt.Chart(_values(rows)).encode(
+        y=alt.Y("region:N", sort=regions, title=None, axis=alt.Axis(grid=False, ticks=False, domain=False)),
+        color=alt.Color("region:N", scale=colours, legend=None),
     )
-    y = alt.Y(
-        "quantity:N", sort=quantities, title=None, axis=alt.Axis(labelLimit=300, grid=False, minExtent=0, maxExtent=300)
-    )
-    offset = alt.YOffset("region:N", sort=regions)
-    base = alt.Chart(_values(rows)).encode(y=y, yOffset=offset, color=colour)
     tooltip = [
         alt.Tooltip("quantity:N"),
         alt.Tooltip("region:N"),
-        _number("value", "difference"),
-        _number("low", "from"),
-        _number("high", "to"),
+        _number("value", "difference", ".4f"),
+        _number("low", "from", ".4f"),
+        _number("high", "to", ".4f"),
         _number("p_value_holm", "p (Holm)", ".3g"),
     ]
-    held = np.append(rows[["value", "low", "high"]].to_numpy(float), 0)
-    margin = 0.05 * (np.nanmax(held) - np.nanmin(held)) or 0.05
-    scale = alt.Scale(domain=[float(np.nanmin(held) - margin), float(np.nanmax(held) + margin)])
-    x = alt.X("value:Q", title="difference", scale=scale)
-    zero = (
-        alt.Chart(alt.Data(values=[{"x": 0}]))
-        .mark_rule(color=MUTED, strokeDash=DOTTED)
-        .encode(x=alt.X("x:Q", scale=scale))
-    )
-    ranges = (
-        base.transform_filter("isValid(datum.low)")
-        .mark_rule(strokeWidth=1.6)
-        .encode(x=alt.X("low:Q", title="difference", scale=scale), x2="high:Q")
-    )
-    dots = base.mark_point(opacity=1, size=44).encode(x=x, tooltip=tooltip)
-    chart = alt.layer(zero, ranges, dots).properties(width=420, height={"step": 16})
-    return _finished(chart, title)
+    zero = alt.Chart(alt.Data(values=[{"x": 0}])).mark_rule(color=MUTED, strokeDash=DOTTED)
+    ranges = base.transform_filter("isValid(datum.low)").mark_rule(strokeWidth=1.6)
+    dots = base.mark_point(opacity=1, size=44)
+    return alt.layer(
+        zero.encode(x=alt.X("x:Q", title=None, scale=scale, axis=axis)),
+        ranges.encode(x=alt.X("low:Q", title=None, scale=scale, axis=axis), x2="high:Q"),
+        dots.encode(x=alt.X("value:Q", title=None, scale=scale, axis=axis), tooltip=tooltip),
+        title=alt.TitleParams(quantity, fontSize=11, fontWeight="normal", color=INK, offset=4),
+    ).properties(width=420, height=54)
 
 
 def agreement(patients, region, first, second):
