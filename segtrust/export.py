@@ -28,7 +28,7 @@ OF_A_MODEL = (
     "{model}/train/curve.*",
     "{model}/train/checkpoint.sha256",
 )
-OF_ALL = ("comparison/*", "report/*", "report/figures/*", "report/tables/*", "report/triage/*")
+OF_ALL = ("comparison/*", "report/*", "report/assets/*", "report/figures/*", "report/tables/*", "report/triage/*")
 # of each model, what may be asked for besides
 EXTRAS = {
     "maps": "{model}/maps/*",
@@ -119,6 +119,9 @@ def _summary(study, archive, files, models):
     lines = [f"{archive}: {len(files):,} files of {study.name}, {archive.stat().st_size / 1e6:.1f} MB"]
     without = [name for name in models if f"results/{name}/cohort/metrics.parquet" not in files]
     lines += [f"note: without tables, as there are none: {', '.join(without)}"] if without else []
+    pages = [path for name in models for path in (study / f"results/report/patients/{name}").glob("*.html")]
+    if pages and not any(name.startswith("results/report/patients/") for name in files):
+        lines.append("note: without pages of patients, so links to them lead nowhere; `--with pages` packs them")
     lines += (
         [f"note: no scan is in it, but the report shows single slices of scans ({slices} figures)"] if slices else []
     )

@@ -42,6 +42,7 @@ def study(tmp_path):
     write(folder / "model.pt")
     for place in (
         *("preprocessed/p.safetensors", "report/index.html", "report/figures/m_slice_p_scan.png"),
+        *("report/assets/charts_m.js", "report/assets/vega.js"),
         *(
             "report/patients/m/p.html",
             "report/triage/m.html",
@@ -78,6 +79,7 @@ ALWAYS = {
     *("results/m/cohort/alarms.json", "results/m/cohort/metrics.parquet", "results/m/inject/rate.json"),
     *("results/m/train/curve.csv", "results/m/train/checkpoint.sha256", "results/comparison/metrics.csv"),
     *("results/report/index.html", "results/report/figures/m_slice_p_scan.png", "results/report/triage/m.html"),
+    *("results/report/assets/charts_m.js", "results/report/assets/vega.js"),
 }
 
 
@@ -99,6 +101,12 @@ def test_settings_tables_and_report_are_packed_and_nothing_else(study, tmp_path)
 def test_what_is_asked_for_is_added(study, tmp_path, extra, added):
     export(study, tmp_path / "a.tar.gz", [extra])
     assert set(contents(tmp_path / "a.tar.gz")) == {*ALWAYS, added}
+
+
+def test_that_links_to_pages_left_out_lead_nowhere_is_said(study, tmp_path):
+    said = "without pages of patients, so links to them lead nowhere"
+    assert said in export(study, tmp_path / "a.tar.gz")
+    assert said not in export(study, tmp_path / "b.tar.gz", ["pages"])
 
 
 def test_scans_and_weights_never_go_in(study, tmp_path):
