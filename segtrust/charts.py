@@ -88,13 +88,13 @@ def _values(table):
     return alt.InlineData(values=text, format=alt.CsvDataFormat(type="csv", parse=parse))
 
 
-def _finished(chart, title, colour=INK):
-    return chart.properties(title=alt.TitleParams(title, color=colour)).configure(**_CONFIG)
+def _finished(chart, title):
+    return chart.properties(title=alt.TitleParams(title, color=INK)).configure(**_CONFIG)
 
 
 def _of_region(chart, region):
     """Return a chart of the usual size under the name of a region."""
-    return _finished(chart.properties(width=WIDTH, height=HEIGHT), region, REGION_COLOURS[region])
+    return _finished(chart.properties(width=WIDTH, height=HEIGHT), region)
 
 
 def _axis(channel, title, domain, **axis):
@@ -128,6 +128,7 @@ def _by_measure(table, region):
     return {
         "color": alt.Color("measure:N", scale=alt.Scale(domain=measures, range=colours), legend=legend),
         "strokeDash": alt.StrokeDash("measure:N", scale=alt.Scale(domain=measures, range=dashes), legend=legend),
+        "strokeWidth": alt.condition("datum.measure == 'entropy'", alt.value(2.4), alt.value(1.4)),
     }
 
 
@@ -193,7 +194,7 @@ def reliability(points, region, kind, n_bins):
         tooltip=tooltip,
     )
     both = alt.vconcat(diagram, counts.properties(width=WIDTH, height=COUNTS_HEIGHT), spacing=6)
-    return _finished(both.add_params(_mask(table)), region, colour)
+    return _finished(both.add_params(_mask(table)), region)
 
 
 def roc(points, region):
@@ -300,10 +301,9 @@ def retention(points, region):
     points : DataFrame with `measure` (of `LOOKS`), `x`, `y`, `low`, `high`
     """
     base = alt.Chart(_values(points))
-    lowest = float(np.floor(points["y"].min() * 10) / 10)
     x, y = (
         _axis(alt.X, "fraction of the brain replaced by the reference", (0, 1)),
-        _axis(alt.Y, "mean Dice", (lowest, 1)),
+        _axis(alt.Y, "mean Dice", (0, 1)),
     )
     entropy = base.transform_filter("datum.measure == 'entropy'")
     tooltip = [alt.Tooltip("measure:N"), _number("x", "replaced"), _number("y", "mean Dice")]

@@ -7,24 +7,25 @@ import pandas as pd
 
 from segtrust import charts
 from segtrust.main_table import CALIBRATION_MASKS, CONVERGING, KINDS, MAIN_TABLE, find_row
-from segtrust.numerals import interval_text, number
+from segtrust.numerals import interval_text, number, plain
+from segtrust.order import SCORE
 from segtrust.regions import REGIONS
 
 # the score of a patient that strata are cut by (definitions, section 8)
 SCORE_MEASURE = "entropy"
 SCORE_AGGREGATION = "predicted_5mm_mean"
-SCORE = f"score_{SCORE_AGGREGATION}_{SCORE_MEASURE}"
 
 # cases whose prediction is empty have no score and stand apart
 UNSCORED = {"missing_region_missed": "missed", "missing_region_absent": "absent"}
 
-# masks to choose from, the one that papers show first
-CALIBRATION_CHOICE = (*CALIBRATION_MASKS, "plausible", "predicted", "union", "reference")
+# masks to choose from, the one that papers show first; reliability diagrams have `brain` beside the one chosen
+CALIBRATION_CHOICE = ("predicted_5mm", "plausible", "predicted", "union", "reference", "brain")
 RANKING_CHOICE = ("brain", "predicted_5mm", "plausible", "tumour_5mm", "union", "boundary_3mm")
 DISTRIBUTION_CHOICE = ("predicted_5mm", "brain", "plausible", "tumour_5mm")
 
-RANKED = ("entropy", "mutual_information", "variance", "deterministic_entropy", "boundary_proximity")
-TRIAGED = ("entropy", "deterministic_entropy", "boundary_proximity", "predicted_volume")
+# in the order they are drawn: what lies above others comes last
+RANKED = ("boundary_proximity", "deterministic_entropy", "variance", "mutual_information", "entropy")
+TRIAGED = ("predicted_volume", "boundary_proximity", "deterministic_entropy", "entropy")
 PARTS_OF_QU_BRATS = {"qu_brats_dsc": "Dice kept", "qu_brats_ftp": "filtered TP", "qu_brats_ftn": "filtered TN"}
 
 CONDITIONAL = (
@@ -39,13 +40,17 @@ BASELINES = (
 
 @dataclass(frozen=True)
 class Panel:
-    """A chart of a figure. name : of its files; chart : None where there is nothing to draw, with the reason why."""
+    """A chart of a figure.
+
+    name : of its files; chart : None where there is nothing to draw, with the reason why; masks : it can be drawn on
+    """
 
     name: str
     label: str
     chart: object = None
     alt: str = ""
     reason: str = ""
+    masks: tuple = ()
 
 
 @dataclass(frozen=True)
@@ -105,11 +110,11 @@ def _in_order(table, column, order):
 
 
 def _panels(run, key, chart_of, nothing):
-    """Return a Panel a region; chart_of : region → (chart, alt), or None where there is nothing."""
+    """Return a Panel a region; chart_of : region → (chart, alt, masks if any), or None where there is nothing."""
     panels = []
     for region in REGIONS:
-        made, name = chart_of(region), f"{run.name}_{key}_{region}"
-        panels.append(Panel(name, region, *made) if made else Panel(name, region, reason=f"{region}: {nothing}."))
+        name, (chart, said, masks) = f"{run.name}_{key}_{region}", (*(chart_of(region) or (None, "")), ())[:3]
+        panels.append(Panel(name, region, chart, said, "" if chart else f"{region}: {nothing}.", tuple(masks)))
     return panels
 
 
@@ -149,7 +154,7 @@ def _reliability(run, kind, n_bins, people):
             for mask, part in points.groupby("mask", sort=False)
             if mask in CALIBRATION_MASKS
         )
-        return charts.reliability(points, region, kind, n_bins), said
+        return charts.reliability(points, region, kind, n_bins), said, points["mask"].unique()
 
     if kind == "class_probability":
         heading = "Is a probability of 0.8 right eight times in ten?"
@@ -175,7 +180,8 @@ def _reliability(run, kind, n_bins, people):
     panels = _panels(
         run, f"reliability_{kind}", chart_of, "no voxels in predicted_5mm or brain, so there is no diagram"
     )
-    return Figure(f"reliability_{kind}", heading, caption, panels, _masks_in(CALIBRATION_CHOICE, tables.values()))
+    masks = tuple(mask for mask in _masks_in(CALIBRATION_CHOICE, tables.values()) if mask != "brain")
+    return Figure(f"reliability_{kind}", heading, caption, panels, masks)
 
 
 # --- ranking of errors ---
@@ -189,11 +195,13 @@ def _ranking_points(run, curve, region, metrics):
         values = _final(run.metrics, region=region, metric=metric, pooling="pooled", aggregation=None)
         values = values[["mask", "measure", "value"]].rename(columns={"value": metric})
         points = points.merge(values, on=["mask", "measure"], how="left")
-    return _in_order(points, "mask", RANKING_CHOICE)
+    return _in_order(_in_order(points, "measure", RANKED), "mask", RANKING_CHOICE)
 
 
 def _ranking(run, key, curve, metrics, draw, heading, caption):
     tables = {region: _ranking_points(run, curve, region, metrics) for region in REGIONS}
+    if curve == "pr":
+        tables = {region: _from_zero(points) for region, points in tables.items()}
 
     def chart_of(region):
         points = tables[region]
@@ -201,10 +209,16 @@ def _ranking(run, key, curve, metrics, draw, heading, caption):
             return None
         first = points[points["mask"] == points["mask"].iloc[0]].drop_duplicates("measure")
         named = ", ".join(f"{row.measure} {number(getattr(row, metrics[0]))}" for row in first.itertuples())
-        return draw(points, region), f"on {first['mask'].iloc[0]}: {named}"
+        return draw(points, region), f"on {first['mask'].iloc[0]}: {named}", points["mask"].unique()
 
     panels = _panels(run, key, chart_of, "no mask has both wrong and correct voxels, so there is no curve")
     return Figure(key, heading, caption, panels, _masks_in(RANKING_CHOICE, tables.values()))
+
+
+def _from_zero(points):
+    """Return precision–recall curves from recall 0 on: what is flagged first is as precise as its whole step."""
+    first = points[points["point"] == points.groupby(["mask", "measure"])["point"].transform("min")]
+    return pd.concat([first.assign(x=0.0, point=-1), points])
 
 
 def _roc(run, people):
@@ -245,7 +259,8 @@ def _distribution(run, people):
         if points.empty:
             return None
         sums = points[points["mask"] == points["mask"].iloc[0]].groupby("outcome")["n"].sum()
-        return charts.distribution(points, region), "; ".join(f"{n:,} {outcome} voxels" for outcome, n in sums.items())
+        said = "; ".join(f"{n:,} {outcome} voxels" for outcome, n in sums.items())
+        return charts.distribution(points, region), said, points["mask"].unique()
 
     caption = (
         "Entropy of wrong voxels (coloured) and of correct ones (grey): share of each kind of voxel in 40 bins, on a "
@@ -290,10 +305,13 @@ def _retention(run, people):
         rows = _where(run.curves, curve="retention", region=region, measure=RANKED, pooling="patient_mean")
         if rows.empty:
             return None
+        rows = _in_order(rows, "measure", RANKED)
         start = rows[(rows["measure"] == "entropy") & (rows["x"] == 0)]
         area = _final(run.metrics, region=region, metric="retention_area_normalised", measure="entropy")
         said = [f"Dice {number(value, 2)} with nothing replaced" for value in start["y"]]
         said += [f"normalised area {number(value, 2)}" for value in area["value"].dropna()]
+        counts = rows.groupby("measure", sort=False)["n"].max()
+        said += [f"{measure} of {n:,} patients alone" for measure, n in counts.items() if n < counts.max()]
         return charts.retention(rows[["measure", "x", "y", "low", "high"]], region), ", ".join(said)
 
     caption = (
@@ -402,7 +420,7 @@ def _scatter(run, pages):
         spearman = _final(run.metrics, region=region, metric="spearman", measure=SCORE_MEASURE)
         spearman = spearman[spearman["aggregation"] == SCORE_AGGREGATION]
         rho = [
-            f", Spearman ρ {number(row.value, 2)} {interval_text(_null(row.ci_low), _null(row.ci_high), 2)}".rstrip()
+            f", Spearman ρ {number(row.value, 2)} {interval_text(plain(row.ci_low), plain(row.ci_high), 2)}".rstrip()
             for row in spearman.dropna(subset="value").itertuples()
         ]
         return charts.scatter(points, region, threshold), f"{len(points)} patients" + "".join(rho)
@@ -419,16 +437,13 @@ def _scatter(run, pages):
     return Figure("scatter", "Does a patient’s uncertainty tell its Dice?", caption, panels)
 
 
-def _null(value):
-    return None if pd.isna(value) else float(value)
-
-
 def _risk_coverage(run, people):
     def chart_of(region):
         rows = _where(run.curves, curve="risk_coverage", region=region, measure=TRIAGED)
         rows = rows[rows["mask"].isna() | (rows["mask"] == "predicted_5mm")]
         if rows.empty:
             return None
+        rows = _in_order(rows, "measure", TRIAGED)
         entropy = _final(run.metrics, region=region, metric="aurc", measure=SCORE_MEASURE)
         entropy = entropy[entropy["aggregation"] == SCORE_AGGREGATION]["value"].dropna()
         said = [f"AURC of entropy {number(value)}" for value in entropy]

@@ -5,7 +5,7 @@ import pyarrow as pa
 from segtrust.files import replacing, write_csv
 
 # letters that LaTeX sets without a further package
-_PLAIN = {"−": "-", "–": "--", "Δ": "delta ", "≥": ">=", "≤": "<=", "τ": "tau", "ρ": "rho", "δ": "delta"}
+_PLAIN = {"−": "-", "–": "--", "≥": ">=", "≤": "<=", "τ": "tau", "ρ": "rho", "δ": "delta"}
 
 
 def write_table(rows, shown, folder, name, caption):
@@ -45,5 +45,6 @@ def escaped(text):
     """Return text in which LaTeX sees no command."""
     special = {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}"}
     special |= {letter: f"\\{letter}" for letter in "&%$#_{}"}
-    special |= {"<": r"\textless{}", ">": r"\textgreater{}"}
+    special |= {"<": r"\textless{}", ">": r"\textgreater{}", "|": r"\textbar{}", "Δ": r"$\Delta$"}
+    special["["] = "{[}"  # after a line's end it would begin an option
     return "".join(special.get(letter, letter) for letter in text)

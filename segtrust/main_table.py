@@ -140,6 +140,16 @@ MAIN_TABLE = {
             for kind in KINDS
         ),
         Line(
+            "mce_class_probability",
+            "mce_class_probability",
+            "mce_class_probability",
+            "pooled",
+            "probability",
+            "predicted_5mm",
+            binned=True,
+            hint="the bin that is furthest off; bins of few voxels count as much as others",
+        ),
+        Line(
             "gap",
             "gap, mean confidence − accuracy",
             "gap",

@@ -1,6 +1,11 @@
 """Numbers as a reader sees them."""
 
 
+def plain(value):
+    """Return a value of a table as a float, or None for null."""
+    return None if value is None or value != value else float(value)
+
+
 def number(value, decimals=3):
     """Return a number as text with a true minus sign; a dash for None.
 

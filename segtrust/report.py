@@ -5,7 +5,6 @@ always give the same bytes, but for the order of a PDF's parts: there is no date
 """
 
 import json
-import re
 from dataclasses import dataclass, field
 from itertools import combinations
 from pathlib import Path
@@ -30,13 +29,11 @@ from segtrust.html import environment, flatten, write_html
 from segtrust.latex import write_table
 from segtrust.main_table import KINDS, cells_of, main_table
 from segtrust.methods import methods
-from segtrust.numerals import interval_text, number
+from segtrust.numerals import interval_text, number, plain
 from segtrust.order import read_order, with_page
 from segtrust.regions import REGIONS
-from segtrust.slices import write_slices
+from segtrust.slices import PATTERN, write_slices
 from segtrust.verdict import headlines, verdict, verdict_rules
-
-ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
 
 SEVERITIES = ("error", "warning", "note")
 
@@ -48,8 +45,6 @@ OVERVIEW = {
     "ece_top_label": "ece_top_label",
     "entropy": "Mean entropy, bits",
 }
-# which column of the first screen a sentence belongs under, and the figure that shows it
-SHOWN_BY = {"ranking": "roc", "calibration": "reliability_top_label", "triage": "strata"}
 
 
 @dataclass
@@ -91,7 +86,7 @@ def report(models, results, folder, settings, sheet, excluded=None, sources=None
         [
             f"{name!r} cannot be the name of a model: letters, digits, _ . - only, beginning with a letter or digit"
             for name in models
-            if not ID.fullmatch(name)
+            if not PATTERN.fullmatch(name)
         ]
     )
     runs = [_read_model(results, name, sheet) for name in models]
@@ -167,6 +162,7 @@ class _Written:
             panels = []
             for panel in figure.panels:
                 entry = {"label": panel.label, "path": None, "reason": panel.reason, "alt": panel.alt}
+                entry["masks"] = panel.masks
                 panels.append(entry)
                 if panel.chart is None:
                     continue
@@ -239,10 +235,7 @@ def _overview(sections):
             {
                 "model": section["name"],
                 "cells": cells_of(section["table"], region),
-                "findings": [
-                    (finding, _anchor(section, kind))
-                    for kind, finding in zip(SHOWN_BY, section["verdicts"][region], strict=True)
-                ],
+                "findings": [(finding, _anchor(section, finding)) for finding in section["verdicts"][region]],
             }
             for section in sections
         ]
@@ -251,10 +244,10 @@ def _overview(sections):
     return shown
 
 
-def _anchor(section, kind):
+def _anchor(section, finding):
     """Return the address of the figure that shows a finding; that of the model where it was not drawn."""
     drawn = {entry["figure"].key for entry in section["figures"]}
-    return f"#{section['name']}-{SHOWN_BY[kind]}" if SHOWN_BY[kind] in drawn else f"#model-{section['name']}"
+    return f"#{section['name']}-{finding.figure}" if finding.figure in drawn else f"#model-{section['name']}"
 
 
 def _pairs(runs, results, written):
@@ -273,8 +266,8 @@ def _pairs(runs, results, written):
         "95 % interval, p after Holm's correction over all rows."
     )
     shown = rows.assign(
-        difference=[f"{number(_plain(row.value))} {_interval(row)}".strip() for row in rows.itertuples()],
-        p=[number(_plain(value)) for value in rows["p_value_holm"]],
+        difference=[f"{number(plain(row.value))} {_interval(row)}".strip() for row in rows.itertuples()],
+        p=[number(plain(value)) for value in rows["p_value_holm"]],
     )[["model", "reference_model", "quantity", "region", "difference", "p", "n_cases"]]
     tables = written.table("comparison", rows, shown, caption)
     patients = {run.name: run.patients for run in runs}
@@ -307,12 +300,8 @@ def _pairs(runs, results, written):
     return pairs
 
 
-def _plain(value):
-    return None if pd.isna(value) else float(value)
-
-
 def _interval(row):
-    return interval_text(_plain(row.low), _plain(row.high))
+    return interval_text(plain(row.low), plain(row.high))
 
 
 # --- reading ---
@@ -442,7 +431,7 @@ def _strata_shown(strata):
             "stratum": rows["stratum"],
             "patients": rows["n_cases"],
             "median Dice": [
-                f"{number(_plain(median))} {interval_text(_plain(low), _plain(high))}".strip()
+                f"{number(plain(median))} {interval_text(plain(low), plain(high))}".strip()
                 for median, low, high in zip(rows["median_dice"], rows["ci_low"], rows["ci_high"], strict=True)
             ],
         }
@@ -452,7 +441,7 @@ def _strata_shown(strata):
 def _patients_shown(patients):
     names = {"dice": "Dice", "hd95": "HD95, mm", "volume_ml": "volume, ml", SCORE: "entropy, bits"}
     held = {label: patients[name] for name, label in names.items() if name in patients}
-    shown = {label: [number(_plain(value)) for value in values] for label, values in held.items()}
+    shown = {label: [number(plain(value)) for value in values] for label, values in held.items()}
     return pd.DataFrame({"patient": patients["patient"], "region": patients["region"], **shown})
 
 

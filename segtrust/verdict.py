@@ -1,7 +1,7 @@
 """What the numbers of a region mean, in plain words, by stated rules."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from segtrust.main_table import KINDS
 from segtrust.numerals import interval_text, number
@@ -11,16 +11,21 @@ AUROC_MODERATE = 0.75
 BASELINE_MARGIN = 0.01
 ERROR_SMALL = 0.05
 ERROR_LARGE = 0.10
+ERROR_OF_A_BIN = 0.15
 GAP_SHARE = 0.5
 
 
 @dataclass(frozen=True)
 class Finding:
-    """A sentence of a verdict. level : good, caution, bad or unknown; short : the same in a few words, if needed."""
+    """A sentence of a verdict.
+
+    level : good, caution, bad or unknown; short : the same in a few words; figure : the key of the figure that shows it
+    """
 
     level: str
     text: str
     short: str = ""
+    figure: str = ""
 
 
 def verdict_rules():
@@ -29,13 +34,19 @@ def verdict_rules():
         "Without an interval nothing is called good or bad, only to be read with care.",
         f"Ranking: AUROC of entropy on brain, pooled. From {AUROC_WELL:.2f} it ranks errors well, from "
         f"{AUROC_MODERATE:.2f} moderately, below poorly. A baseline that comes within {BASELINE_MARGIN:.2f} of it, or "
-        "above, is named: then Monte Carlo passes add nothing to the ranking.",
+        "above, is named: where that is the entropy of one ordinary pass, more passes add nothing to the ranking; "
+        "where it is the distance to the predicted boundary, no probability is needed for it. It is called better than "
+        "its baselines when its interval lies wholly above those of both.",
         "Calibration: the larger of ece_class_probability and ece_top_label on predicted_5mm. "
-        f"Up to {ERROR_SMALL:.2f}, with an interval that also ends there, probabilities can be read as probabilities; "
-        f"up to {ERROR_LARGE:.2f} with care; above, they cannot. Confidence is called too high or too low when the gap "
-        f"is at least {GAP_SHARE * 100:.0f} % of that error and its interval excludes 0.",
+        f"Up to {ERROR_SMALL:.2f}, with an interval that also ends there, probabilities can be read as probabilities, "
+        f"unless those of one bin are off by more than {ERROR_OF_A_BIN:.2f} (mce_class_probability): most voxels have "
+        f"a probability near 0, and a mean over all says little of the others. Up to {ERROR_LARGE:.2f} with care; "
+        "above, they cannot. Confidence is called too high or too low when ece_top_label is itself above "
+        f"{ERROR_SMALL:.2f}, the gap at least {GAP_SHARE * 100:.0f} % of the larger error, and 0 outside its interval, "
+        "where it has one.",
         "Triage: patients in the most uncertain stratum are called worse when the interval of their median Dice lies "
-        "wholly below that of the most certain stratum.",
+        "wholly below that of the most certain stratum. Patients without a predicted region have no score; they are "
+        "counted beside it.",
         "The cards at the top sort models by these: ✓ probabilities that can be read as such, ! with care, ✕ not; and "
         "name the models whose entropy ranks errors well and better than both baselines.",
     ]
@@ -46,12 +57,12 @@ def verdict(region, cells, groups):
 
     region : WT, TC or ET
     cells : dict with the Cells `auroc`, `auroc_deterministic`, `auroc_boundary`, `ece_class_probability`,
-        `ece_top_label` and `gap`
+        `ece_top_label`, `mce_class_probability` and `gap`
     groups : strata of the region as `stratum_groups` returns them
 
     Returns a list of Findings: ranking, calibration, triage. The rules are those of `verdict_rules`.
     """
-    return [_ranking(cells), _calibration(region, cells), _triage(groups)]
+    return [_ranking(cells), _calibration(region, cells), _triage(region, groups)]
 
 
 def headlines(region, findings):
@@ -74,9 +85,7 @@ def headlines(region, findings):
     if better:
         said.append(Finding("good", f"Ranks errors better than its baselines: {', '.join(better)}."))
     elif any(finding.level != "unknown" for finding in ranking):
-        said.append(
-            Finding("caution", "No model’s passes are shown to rank errors better than the baselines, which need none.")
-        )
+        said.append(Finding("caution", "No model’s entropy is shown to rank errors better than both baselines."))
     return said
 
 
@@ -89,6 +98,10 @@ def _models(findings, chosen, level):
 
 
 def _ranking(cells):
+    return replace(_ranking_finding(cells), figure="roc")
+
+
+def _ranking_finding(cells):
     auroc = cells["auroc"]
     if auroc.value is None:
         return Finding("unknown", f"Whether uncertainty ranks errors cannot be told ({auroc.reason}).")
@@ -102,26 +115,42 @@ def _ranking(cells):
     if auroc.low is None:
         level = "caution"
     head = f"Uncertainty ranks errors {quality} (AUROC {number(auroc.value, 2)})"
-    baselines = [
-        (name, cells[key].value)
-        for name, key in (
-            ("distance to the predicted boundary", "auroc_boundary"),
-            ("the entropy of one ordinary pass", "auroc_deterministic"),
-        )
-        if cells[key].value is not None
-    ]
+    named = {
+        "distance to the predicted boundary": cells["auroc_boundary"],
+        "the entropy of one ordinary pass": cells["auroc_deterministic"],
+    }
+    baselines = {name: cell for name, cell in named.items() if cell.value is not None}
     if not baselines:
         return Finding("caution", f"{head}; without a baseline beside it, that number cannot be judged.")
-    rivals = [(name, value) for name, value in baselines if value >= auroc.value - BASELINE_MARGIN]
-    if not rivals:
-        return Finding(level, f"{head}, better than {_listed(baselines)}.")
-    if quality != "well":
-        return Finding(level, f"{head}, and no better than {_listed(rivals)}.")
-    return Finding("caution", f"{head}, but so {'do' if len(rivals) > 1 else 'does'} {_listed(rivals)}.")
+    rivals = {name: cell for name, cell in baselines.items() if cell.value >= auroc.value - BASELINE_MARGIN}
+    if rivals and quality != "well":
+        return Finding(level, f"{head}, and no better than {_listed(rivals, auroc)}.")
+    if rivals:
+        verb = "do" if len(rivals) > 1 else "does"
+        return Finding("caution", f"{head}, but so {verb} {_listed(rivals, auroc)}.")
+    if len(baselines) < len(named):
+        return Finding("caution", f"{head}, above {_listed(baselines, auroc)}; the other baseline has no value.")
+    if all(_lies_below(cell, auroc) for cell in baselines.values()):
+        return Finding(level, f"{head}, better than {_listed(baselines, auroc)}.")
+    level = "bad" if level == "bad" else "caution"
+    return Finding(level, f"{head}, above {_listed(baselines, auroc)}, but not shown to be better: intervals overlap.")
 
 
-def _listed(baselines):
-    return " and ".join(f"{name} ({number(value, 2)})" for name, value in baselines)
+def _lies_below(baseline, auroc):
+    return baseline.high is not None and auroc.low is not None and baseline.high < auroc.low
+
+
+def _listed(baselines, auroc):
+    """Return baselines with their values; and with their patients, where these are not those of the AUROC."""
+    said = []
+    for name, cell in baselines.items():
+        fewer = f", for {cell.n_cases:,} of {auroc.n_cases:,} patients" if _other_cases(cell, auroc) else ""
+        said.append(f"{name} ({number(cell.value, 2)}{fewer})")
+    return " and ".join(said)
+
+
+def _other_cases(cell, auroc):
+    return None not in (cell.n_cases, auroc.n_cases) and cell.n_cases != auroc.n_cases
 
 
 def _calibration(region, cells):
@@ -129,8 +158,8 @@ def _calibration(region, cells):
     if not errors:
         return Finding("unknown", f"Calibration on {region} cannot be told ({cells['ece_top_label'].reason}).")
     name, error = max(errors.items(), key=lambda item: item[1].value)
-    span = f"{number(error.value, 2)} {_bounds(error)}"
-    size = f"{span} ({name})"
+    span = f"{_size(error.value)} {_bounds(error)}"
+    size, short, figure = f"{span} ({name})", f"off by {span}", f"reliability_{name.removeprefix('ece_')}"
     if error.value > ERROR_SMALL:
         large = error.value > ERROR_LARGE
         advice = (
@@ -138,28 +167,37 @@ def _calibration(region, cells):
             if large
             else f"read {region} probabilities with care"
         )
-        gap = cells["gap"]
-        if _one_sided(gap, error):
+        text = f"Probabilities on {region} are off by {size} on average: {advice}."
+        gap, top_label = cells["gap"], cells["ece_top_label"].value
+        if top_label is not None and top_label > ERROR_SMALL and _one_sided(gap, error):
             direction = "high" if gap.value > 0 else "low"
             amount = f"{number(abs(gap.value), 2)} {_bounds(gap)}"
             text, short = (
                 f"Confidence on {region} is too {direction} by {amount}: {advice}.",
                 f"too {direction} by {amount}",
             )
-        else:
-            text, short = f"Probabilities on {region} are off by {size} on average: {advice}.", f"off by {span}"
-        return Finding("bad" if large and error.low is not None else "caution", text, short)
+            figure = "reliability_top_label"
+        return Finding("bad" if large and error.low is not None else "caution", text, short, figure)
     if error.high is None:
-        return Finding(
-            "caution",
-            f"Probabilities on {region} are off by {size}; without an interval this is an impression, no proof.",
-            f"off by {span}",
-        )
+        text = f"Probabilities on {region} are off by {size}; without an interval this is an impression, no proof."
+        return Finding("caution", text, short, figure)
     if error.high > ERROR_SMALL:
         text = f"Probabilities on {region} are off by {size}: small, but the interval is wide."
-        return Finding("caution", text, f"off by {span}")
+        return Finding("caution", text, short, figure)
+    worst = cells["mce_class_probability"].value
+    if worst is not None and worst > ERROR_OF_A_BIN:
+        text = (
+            f"Probabilities on {region} are off by {size} on average, but by up to {number(worst, 2)} in a bin "
+            f"(mce_class_probability): read {region} probabilities with care."
+        )
+        return Finding("caution", text, f"off by up to {number(worst, 2)} in a bin", "reliability_class_probability")
     text = f"{region} probabilities can be read as probabilities near the tumour: off by {size}."
-    return Finding("good", text, f"off by {span}")
+    return Finding("good", text, short, figure)
+
+
+def _size(error):
+    """Return an error with two decimals, or three where two would not tell on which side of a limit it lies."""
+    return number(error, 3 if round(error, 2) in (ERROR_SMALL, ERROR_LARGE) else 2)
 
 
 def _one_sided(gap, error):
@@ -177,17 +215,25 @@ def _bounds(quantity):
     return interval_text(quantity.low, quantity.high, 2)
 
 
-def _triage(groups):
+def _triage(region, groups):
     scored = [group for group in groups if not group["apart"]]
+    apart = {group["label"]: len(group["patients"]) for group in groups if group["apart"]}
+    n_apart = sum(apart.values())
+    rest = (
+        f"; {n_apart:,} without a predicted {region} ({apart.get('missed', 0):,} missed) not counted" if n_apart else ""
+    )
     if len(scored) < 2 or not all(math.isfinite(group["median"]) for group in (scored[0], scored[-1])):
-        return Finding("unknown", "Whether uncertain patients are worse cannot be told (too few patients).")
+        text = f"Whether uncertain patients are worse cannot be told (too few patients with a score{rest})."
+        return Finding("unknown", text, figure="strata")
     certain, uncertain = scored[0], scored[-1]
-    compared = f"{_median_text(uncertain)} against {_median_text(certain)}"
+    compared = f"{_median_text(uncertain)} against {_median_text(certain)}{rest}"
     if uncertain["high"] < certain["low"]:
-        return Finding("good", f"Uncertain patients are worse: median Dice {compared}.")
+        return Finding("good", f"Uncertain patients are worse: median Dice {compared}.", figure="strata")
     if certain["high"] < uncertain["low"]:
-        return Finding("bad", f"Uncertain patients are better, so uncertainty misleads: median Dice {compared}.")
-    return Finding("caution", f"It is not shown that uncertain patients are worse: median Dice {compared}.")
+        text = f"Uncertain patients are better, so uncertainty misleads: median Dice {compared}."
+        return Finding("bad", text, figure="strata")
+    text = f"It is not shown that uncertain patients are worse: median Dice {compared}."
+    return Finding("caution", text, figure="strata")
 
 
 def _median_text(group):

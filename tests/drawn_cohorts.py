@@ -85,6 +85,9 @@ def metrics_table(model, n_cases, missing=(), early=(), members=False):
                 for kind, factor in (("class_probability", 0.8), ("top_label", 1.0)):
                     value = GAP[region] * share * factor + bins / 1e4
                     add(f"ece_{kind}", value, "pooled", measure="probability", mask=mask, n_bins=bins)
+            for bins in (10, 15, 20):
+                keys = {"measure": "probability", "mask": mask, "n_bins": bins}
+                add("mce_class_probability", 0.1 + GAP[region] * share + bins / 1e4, "pooled", **keys)
             add("gap", GAP[region] * share, "pooled", measure="probability", mask=mask)
         for place, band in enumerate(BANDS):
             for name, value in (("error_rate", 0.4 / (1 + place % 6)), ("mean_uncertainty", 0.6 / (1 + place % 6))):

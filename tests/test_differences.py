@@ -37,11 +37,24 @@ def test_the_family_is_one_row_a_quantity_and_region():
 def test_a_significant_difference_names_the_better_model_whichever_way_is_better():
     rows = differences.family_rows(comparison_table(["a", "b"], 10))
     said = differences.sentences(rows)
+    assert len(said) == 15
     assert said[0] == "WT: Dice is 0.050 more under a than under b (p = 0.045 after Holm), so a is better there."
     assert "TC: ece_class_probability, predicted_5mm is 0.050 less under a than under b" in said[4]
     assert said[4].endswith("so a is better there.")
     turned = differences.sentences(differences.family_rows(comparison_table(["a", "b"], 10, shift=-0.05)))
-    assert all("so b is better there" in sentence for sentence in turned)
+    assert ["so b is better there" in sentence for sentence in turned] == [True] * 9 + [False] * 6
+
+
+def test_what_is_neither_better_nor_worse_is_not_called_so():
+    said = differences.sentences(differences.family_rows(comparison_table(["a", "b"], 10)))
+    assert all("it also follows the error rate" in sentence for sentence in said[9:12])
+    assert all("the uncertainty of a separates good from bad patients more" in sentence for sentence in said[12:])
+
+
+def test_pairs_keep_their_rows_whatever_their_passes():
+    table = comparison_table(["a", "b", "c"], 10)
+    table.loc[table["model"] == "b", "passes"] = 10
+    assert len(differences.family_rows(table)) == 3 * 15
 
 
 def test_without_significance_nobody_is_called_better():

@@ -69,7 +69,7 @@ def test_curves_of_ranking_stand_beside_baselines_and_their_own_metrics(run, dra
 
 
 def test_masks_to_choose_from_are_those_drawn_the_first_being_that_of_papers(drawn):
-    assert drawn["reliability_top_label"].masks == ("predicted_5mm", "brain", "union")
+    assert drawn["reliability_top_label"].masks == ("predicted_5mm", "union")
     assert drawn["roc"].masks == ("brain", "predicted_5mm")
     assert drawn["distribution"].masks == ("brain",)
     assert drawn["strata"].masks == ()
@@ -134,3 +134,16 @@ def test_metrics_after_fewer_passes_are_not_mixed_with_the_last():
     metrics = metrics_table("SegResNet", 10, early=(5,))
     rows = figures._final(metrics, metric="dice", region="WT")
     assert rows["value"].tolist() == [DICE["WT"]]
+
+
+def test_precision_and_recall_begin_at_recall_zero(drawn):
+    table = table_of(drawn["precision_recall"])
+    for _, part in table.groupby(["mask", "measure"]):
+        part = part.sort_values("point")
+        assert part["x"].iloc[0] == 0
+        assert part["y"].iloc[0] == part["y"].iloc[1]
+
+
+def test_lines_of_entropy_lie_above_all_others(drawn):
+    for key in ("roc", "precision_recall", "retention", "risk_coverage"):
+        assert table_of(drawn[key])["measure"].iloc[-1] == "entropy"

@@ -10,7 +10,7 @@ def test_a_table_is_written_unrounded_and_for_latex(tmp_path):
     assert write_table(rows, shown, tmp_path, "main", "What it says.") == ["main.csv", "main.tex"]
     assert pd.read_csv(tmp_path / "main.csv")["value"].tolist() == [0.123456789012345]
     text = (tmp_path / "main.tex").read_text()
-    for part in (r"\toprule", r"\caption{What it says.}", r"\label{tab:main}", "0.123 [0.100--0.200]"):
+    for part in (r"\toprule", r"\caption{What it says.}", r"\label{tab:main}", "0.123 {[}0.100--0.200]"):
         assert part in text
 
 
@@ -18,10 +18,10 @@ def test_a_table_of_points_is_csv_alone(tmp_path):
     assert write_table(pd.DataFrame({"x": [1]}), None, tmp_path, "points", "") == ["points.csv"]
 
 
-@pytest.mark.parametrize("text", ["a_b & 50 % #1 $x$ {y}", r"\input{/etc/passwd}", "a~b^c", "<script>"])
+@pytest.mark.parametrize("text", ["a_b & 50 % #1 $x$ {y}", r"\input{/etc/passwd}", "a~b^c", "<script>", "|x|"])
 def test_what_latex_would_obey_is_shown_as_text(text):
     named = {"\\textbackslash{}": "\\", r"\textasciitilde{}": "~", r"\textasciicircum{}": "^"}
-    named |= {r"\textless{}": "<", r"\textgreater{}": ">"}
+    named |= {r"\textless{}": "<", r"\textgreater{}": ">", r"\textbar{}": "|"}
     read = escaped(text)
     for command, letter in named.items():
         read = read.replace(command, f"\0{letter}")
@@ -42,3 +42,8 @@ def test_a_long_table_runs_over_pages():
     text = latex_of(pd.DataFrame({"x": ["1"] * 60}), "a", "c")
     assert r"\begin{longtable}" in text
     assert "longtable" in text.splitlines()[0]
+
+
+def test_brackets_and_greek_letters_are_set_as_such():
+    assert escaped("[0.1]") == "{[}0.1]"
+    assert escaped("ΔDice") == r"$\Delta$Dice"

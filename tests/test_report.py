@@ -137,6 +137,7 @@ def test_every_number_of_the_main_table_is_the_value_of_its_metrics_row(whole):
         "ece_top_label": ("ece_top_label", "pooled", "probability", "predicted_5mm", 15, 1),
         "ece_class_probability_brain": ("ece_class_probability", "pooled", "probability", "brain", 15, 1),
         "ece_top_label_brain": ("ece_top_label", "pooled", "probability", "brain", 15, 1),
+        "mce_class_probability": ("mce_class_probability", "pooled", "probability", "predicted_5mm", 15, 1),
         "gap": ("gap", "pooled", "probability", "predicted_5mm", None, 1),
     }
     assert set(page.numbers) == set(expected)

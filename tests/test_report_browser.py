@@ -100,6 +100,19 @@ def test_another_mask_is_drawn_in_every_region_of_its_figure_alone(shown):
     assert drawn["precision_recall"].locator("svg").inner_html() == before["precision_recall"]
 
 
+def test_a_mask_that_a_region_lacks_is_said(shown):
+    page, _ = shown
+    plot = alive(page, "UNet_reliability_top_label_WT")
+    plot.evaluate("(one) => { one.dataset.masks = 'predicted_5mm brain'; }")
+    select = page.locator("#UNet-reliability_top_label select")
+    select.select_option("union")
+    assert not plot.locator(".live svg").is_visible()
+    assert "no voxels in union" in plot.locator(".live").get_attribute("aria-label")
+    select.select_option("predicted_5mm")
+    assert plot.locator(".live svg").is_visible()
+    assert "mask predicted_5mm" in plot.locator(".live").get_attribute("aria-label")
+
+
 def test_a_point_tells_its_patient_and_opens_its_page(shown):
     page, _ = shown
     point = alive(page, "SegResNet_scatter_WT").locator(".mark-symbol a path, .mark-symbol path").first

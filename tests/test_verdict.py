@@ -10,8 +10,9 @@ def cells(**changed):
     """Cells of a model that ranks well, better than its baselines, and is calibrated."""
     made = {
         "auroc": Cell(0.97, 0.96, 0.98),
-        "auroc_deterministic": Cell(0.90),
-        "auroc_boundary": Cell(0.91),
+        "auroc_deterministic": Cell(0.90, 0.89, 0.92),
+        "auroc_boundary": Cell(0.91, 0.90, 0.93),
+        "mce_class_probability": Cell(0.04),
         "ece_class_probability": Cell(0.010, 0.005, 0.015),
         "ece_top_label": Cell(0.020, 0.012, 0.028),
         "gap": Cell(0.001, -0.001, 0.003),
@@ -39,6 +40,24 @@ def test_entropy_that_beats_its_baselines_is_good():
         "better than distance to the predicted boundary (0.91) and the entropy of one ordinary pass (0.90)"
         in ranking.text
     )
+
+
+def test_entropy_whose_interval_meets_that_of_a_baseline_is_not_called_better():
+    ranking = sentences(auroc_boundary=Cell(0.95, 0.93, 0.965))[0]
+    assert ranking.level == "caution"
+    assert "above distance to the predicted boundary (0.95)" in ranking.text
+    assert ranking.text.endswith("but not shown to be better: intervals overlap.")
+
+
+def test_entropy_that_beats_the_only_baseline_there_is_is_not_called_better():
+    ranking = sentences(auroc_boundary=Cell(None))[0]
+    assert ranking.level == "caution"
+    assert ranking.text.endswith("above the entropy of one ordinary pass (0.90); the other baseline has no value.")
+
+
+def test_a_baseline_of_fewer_patients_says_so():
+    changed = {"auroc": Cell(0.97, 0.96, 0.98, n_cases=40), "auroc_boundary": Cell(0.98, n_cases=31)}
+    assert "distance to the predicted boundary (0.98, for 31 of 40 patients)" in sentences(**changed)[0].text
 
 
 def test_an_auroc_without_baselines_is_not_judged():
@@ -79,6 +98,32 @@ def test_errors_in_both_directions_are_no_direction():
     assert "off by 0.20 [0.15–0.25] (ece_class_probability) on average" in calibration.text
 
 
+def test_the_larger_error_is_named_where_it_is_not_that_of_confidence():
+    changed = {"ece_class_probability": Cell(0.06, 0.055, 0.07), "ece_top_label": Cell(0.04, 0.03, 0.05)}
+    calibration = sentences(**changed, gap=Cell(-0.04, -0.05, -0.03))[1]
+    assert "off by 0.06 [0.06–0.07] (ece_class_probability)" in calibration.text
+    assert calibration.figure == "reliability_class_probability"
+
+
+def test_a_small_mean_error_over_a_bin_that_is_far_off_is_not_good():
+    calibration = sentences("TC", mce_class_probability=Cell(0.30))[1]
+    assert calibration.level == "caution"
+    assert calibration.text == (
+        "Probabilities on TC are off by 0.02 [0.01–0.03] (ece_top_label) on average, but by up to 0.30 in a bin "
+        "(mce_class_probability): read TC probabilities with care."
+    )
+
+
+def test_an_error_beside_a_limit_is_written_so_that_one_sees_on_which_side_it_lies():
+    for value, text in ((0.0953, "0.095"), (0.1004, "0.100"), (0.0504, "0.050"), (0.07, "0.07")):
+        changed = {"ece_class_probability": Cell(value, value - 0.01, value + 0.01)}
+        assert f"off by {text} [" in sentences(**changed)[1].text
+
+
+def test_each_finding_names_the_figure_that_shows_it():
+    assert [finding.figure for finding in sentences()] == ["roc", "reliability_top_label", "strata"]
+
+
 def test_calibration_is_good_only_with_an_interval_that_says_so():
     assert sentences()[1].level == "good"
     assert sentences(ece_top_label=Cell(0.02, 0.0, 0.09))[1].level == "caution"
@@ -103,6 +148,13 @@ def test_triage_is_good_when_the_uncertain_stratum_is_clearly_worse():
         "Uncertain patients are worse: median Dice 0.61 [0.50–0.70] in Q4 against 0.93 [0.90–0.95] in Q1."
     )
     assert triage.level == "good"
+
+
+def test_patients_without_a_predicted_region_are_counted_beside_triage():
+    groups = [stratum("Q1", 0.93, 0.9, 0.95), stratum("Q4", 0.61, 0.5, 0.7)]
+    groups += [stratum(name, 0.0, math.nan, math.nan) | {"apart": True} for name in ("missed", "absent")]
+    triage = sentences("ET", groups=groups)[2]
+    assert triage.text.endswith("in Q1; 2 without a predicted ET (1 missed) not counted.")
 
 
 def test_triage_without_intervals_shows_nothing():
@@ -136,7 +188,7 @@ def test_where_no_model_beats_its_baselines_that_is_said():
     assert said[0] == ("caution", "Read with care: a (off by 0.20).")
     assert said[1] == (
         "caution",
-        "No model’s passes are shown to rank errors better than the baselines, which need none.",
+        "No model’s entropy is shown to rank errors better than both baselines.",
     )
 
 

@@ -35,7 +35,13 @@
     if (mask) await choose(plot, mask);
   }
 
-  const choose = (plot, mask) => views.get(plot)?.signal("mask", mask).runAsync();
+  const choose = (plot, mask) => {
+    const has = plot.dataset.masks.split(" ").includes(mask);
+    plot.toggleAttribute("data-without", !has);
+    const said = has ? `, mask ${mask}` : `: no voxels in ${mask}`;
+    plot.querySelector(".live").setAttribute("aria-label", plot.querySelector("img").alt + said);
+    return has && views.get(plot).signal("mask", mask).runAsync();
+  };
 
   const watcher = new IntersectionObserver(
     (entries) => {
