@@ -251,7 +251,12 @@ def distribution(points, region):
     bars = base.mark_bar(opacity=0.45, binSpacing=0).encode(
         x=alt.X("low:Q", title="entropy, bits", scale=alt.Scale(domain=[0, 1])),
         x2="high:Q",
-        y=alt.Y("y:Q", title="share of the voxels", scale=alt.Scale(type="log", domain=[1e-4, 1], clamp=True)),
+        y=alt.Y(
+            "y:Q",
+            title="share of the voxels",
+            scale=alt.Scale(type="log", domain=[1e-4, 1], clamp=True),
+            axis=alt.Axis(values=[1e-4, 1e-3, 0.01, 0.1, 1], format="~g"),
+        ),
         y2=alt.value(HEIGHT),
         color=colour,
         tooltip=tooltip,

@@ -207,7 +207,7 @@ def _ranking(run, key, curve, metrics, draw, heading, caption):
         points = tables[region]
         if points.empty:
             return None
-        first = points[points["mask"] == points["mask"].iloc[0]].drop_duplicates("measure")
+        first = points[points["mask"] == points["mask"].iloc[0]].drop_duplicates("measure").iloc[::-1]
         named = ", ".join(f"{row.measure} {number(getattr(row, metrics[0]))}" for row in first.itertuples())
         return draw(points, region), f"on {first['mask'].iloc[0]}: {named}", points["mask"].unique()
 
