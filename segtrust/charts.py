@@ -524,7 +524,7 @@ def _strip(rows, quantity):
         ranges.encode(x=alt.X("low:Q", title=None, scale=scale, axis=axis), x2="high:Q"),
         dots.encode(x=alt.X("value:Q", title=None, scale=scale, axis=axis), tooltip=tooltip),
         title=alt.TitleParams(quantity, fontSize=11, fontWeight="normal", color=INK, offset=4),
-    ).properties(width=420, height=54)
+    ).properties(width=330, height=54)
 
 
 def agreement(patients, region, first, second):
