@@ -390,7 +390,7 @@ def _strata(run, pages):
             ]
         )
         said = "; ".join(
-            f"{row.stratum}: {row.n} patients, median {number(row.y if np.isfinite(row.y) else None, 2)}"
+            f"{row.stratum}: n = {row.n}, median {number(row.y if np.isfinite(row.y) else None, 2)}"
             for row in medians.itertuples()
         )
         return charts.strata(people.astype({"apart": bool}), medians, region), said

@@ -15,17 +15,29 @@ ERROR_OF_A_BIN = 0.15
 GAP_SHARE = 0.5
 
 
+LEVELS = ("good", "caution", "bad", "unknown")
+# what to do with a model's probabilities, in the order it is said
+ADVICE = {
+    "read": "Read as probabilities: {}.",
+    "with care": "Read with care: {}.",
+    "do not read": "Do not read as probabilities: {}.",
+    "unknown": "Cannot be told: {}.",
+}
+
+
 @dataclass(frozen=True)
 class Finding:
     """A sentence of a verdict.
 
     level : good, caution, bad or unknown; short : the same in a few words; figure : the key of the figure that shows it
+    advice : of `ADVICE`, where the finding is about calibration
     """
 
     level: str
     text: str
     short: str = ""
     figure: str = ""
+    advice: str = ""
 
 
 def verdict_rules():
@@ -70,31 +82,22 @@ def headlines(region, findings):
 
     findings : {model: Findings of `verdict`}
     """
-    ranking, calibration, _ = zip(*findings.values(), strict=True)
-    sentences = {
-        "good": "Read as probabilities: {}.",
-        "caution": "Read with care: {}.",
-        "bad": "Do not read as probabilities: {}.",
-        "unknown": "Cannot be told: {}.",
-    }
+    ranking, calibration, _ = ({model: found[place] for model, found in findings.items()} for place in range(3))
     said = []
-    for level, sentence in sentences.items():
-        models = _models(findings, calibration, level)
-        said += [Finding(level, sentence.format(", ".join(models)))] if models else []
-    better = _models(findings, ranking, "good")
+    for advice, sentence in ADVICE.items():
+        for level in LEVELS:
+            models = [
+                f"{model} ({finding.short})" if finding.short else model
+                for model, finding in calibration.items()
+                if (finding.advice, finding.level) == (advice, level)
+            ]
+            said += [Finding(level, sentence.format(", ".join(models)))] if models else []
+    better = [model for model, finding in ranking.items() if finding.level == "good"]
     if better:
         said.append(Finding("good", f"Ranks errors better than its baselines: {', '.join(better)}."))
-    elif any(finding.level != "unknown" for finding in ranking):
+    elif any(finding.level != "unknown" for finding in ranking.values()):
         said.append(Finding("caution", "No model’s entropy is shown to rank errors better than both baselines."))
     return said
-
-
-def _models(findings, chosen, level):
-    return [
-        f"{model} ({finding.short})" if finding.short else model
-        for model, finding in zip(findings, chosen, strict=True)
-        if finding.level == level
-    ]
 
 
 def _ranking(cells):
@@ -156,10 +159,11 @@ def _other_cases(cell, auroc):
 def _calibration(region, cells):
     errors = {f"ece_{kind}": cells[f"ece_{kind}"] for kind in KINDS if cells[f"ece_{kind}"].value is not None}
     if not errors:
-        return Finding("unknown", f"Calibration on {region} cannot be told ({cells['ece_top_label'].reason}).")
+        text = f"Calibration on {region} cannot be told ({cells['ece_top_label'].reason})."
+        return Finding("unknown", text, advice="unknown")
     name, error = max(errors.items(), key=lambda item: item[1].value)
     span = f"{_size(error.value)} {_bounds(error)}"
-    size, short, figure = f"{span} ({name})", f"off by {span}", f"reliability_{name.removeprefix('ece_')}"
+    size, short, figure = f"{span} ({name})", _short(f"off by {span}"), f"reliability_{name.removeprefix('ece_')}"
     if error.value > ERROR_SMALL:
         large = error.value > ERROR_LARGE
         advice = (
@@ -172,27 +176,32 @@ def _calibration(region, cells):
         if top_label is not None and top_label > ERROR_SMALL and _one_sided(gap, error):
             direction = "high" if gap.value > 0 else "low"
             amount = f"{number(abs(gap.value), 2)} {_bounds(gap)}"
-            text, short = (
-                f"Confidence on {region} is too {direction} by {amount}: {advice}.",
-                f"too {direction} by {amount}",
-            )
+            text = f"Confidence on {region} is too {direction} by {amount}: {advice}."
+            short = _short(f"too {direction} by {amount}")
             figure = "reliability_top_label"
-        return Finding("bad" if large and error.low is not None else "caution", text, short, figure)
+        level = "bad" if large and error.low is not None else "caution"
+        return Finding(level, text, short, figure, "do not read" if large else "with care")
     if error.high is None:
         text = f"Probabilities on {region} are off by {size}; without an interval this is an impression, no proof."
-        return Finding("caution", text, short, figure)
+        return Finding("caution", text, short, figure, "with care")
     if error.high > ERROR_SMALL:
         text = f"Probabilities on {region} are off by {size}: small, but the interval is wide."
-        return Finding("caution", text, short, figure)
+        return Finding("caution", text, short, figure, "with care")
     worst = cells["mce_class_probability"].value
     if worst is not None and worst > ERROR_OF_A_BIN:
         text = (
             f"Probabilities on {region} are off by {size} on average, but by up to {number(worst, 2)} in a bin "
             f"(mce_class_probability): read {region} probabilities with care."
         )
-        return Finding("caution", text, f"off by up to {number(worst, 2)} in a bin", "reliability_class_probability")
+        short = f"off by up to {number(worst, 2)} in a bin"
+        return Finding("caution", text, short, "reliability_class_probability", "with care")
     text = f"{region} probabilities can be read as probabilities near the tumour: off by {size}."
-    return Finding("good", text, short, figure)
+    return Finding("good", text, short, figure, "read")
+
+
+def _short(text):
+    """Return words that stand in brackets, without brackets of their own."""
+    return text.replace(" (no interval)", ", no interval")
 
 
 def _size(error):

@@ -165,17 +165,22 @@ def test_triage_without_intervals_shows_nothing():
 # --- which model to trust ---
 
 
+FINE = ("good", ".", "off by 0.20", "", "read")
+CARE = ("caution", ".", "off by 0.20", "", "with care")
+OFF = ("bad", ".", "off by 0.20", "", "do not read")
+
+
 def headlines_of(**levels):
-    """Return the headlines of models whose ranking and calibration have these levels, a list of text."""
+    """Return the headlines of models with levels of ranking and findings of calibration, a list of (level, text)."""
     findings = {
-        model: [Finding(ranking, "."), Finding(calibration, ".", "off by 0.20"), Finding("good", ".")]
+        model: [Finding(ranking, "."), Finding(*calibration), Finding("good", ".")]
         for model, (ranking, calibration) in levels.items()
     }
     return [(finding.level, finding.text) for finding in headlines("ET", findings)]
 
 
 def test_models_are_sorted_by_whether_their_probabilities_can_be_read():
-    said = headlines_of(a=("good", "bad"), b=("caution", "good"), c=("bad", "bad"))
+    said = headlines_of(a=("good", OFF), b=("caution", FINE), c=("bad", OFF))
     assert said == [
         ("good", "Read as probabilities: b (off by 0.20)."),
         ("bad", "Do not read as probabilities: a (off by 0.20), c (off by 0.20)."),
@@ -184,7 +189,7 @@ def test_models_are_sorted_by_whether_their_probabilities_can_be_read():
 
 
 def test_where_no_model_beats_its_baselines_that_is_said():
-    said = headlines_of(a=("caution", "caution"))
+    said = headlines_of(a=("caution", CARE))
     assert said[0] == ("caution", "Read with care: a (off by 0.20).")
     assert said[1] == (
         "caution",
@@ -193,7 +198,7 @@ def test_where_no_model_beats_its_baselines_that_is_said():
 
 
 def test_of_a_region_that_nobody_has_nothing_is_claimed():
-    assert headlines_of(a=("unknown", "unknown")) == [("unknown", "Cannot be told: a (off by 0.20).")]
+    assert headlines_of(a=("unknown", ("unknown", ".", "", "", "unknown"))) == [("unknown", "Cannot be told: a.")]
 
 
 def test_a_calibration_finding_has_a_short_form_for_the_headline():
@@ -202,3 +207,12 @@ def test_a_calibration_finding_has_a_short_form_for_the_headline():
     both = {"ece_class_probability": Cell(0.20, 0.15, 0.25), "gap": Cell(0.01, -0.02, 0.04)}
     assert sentences(**both)[1].short == "off by 0.20 [0.15–0.25]"
     assert sentences()[1].short == "off by 0.02 [0.01–0.03]"
+
+
+def test_a_large_error_without_an_interval_is_not_read_with_care():
+    finding = sentences("WT", ece_top_label=Cell(0.62), gap=Cell(0.61))[1]
+    said = headlines("WT", {"m": [Finding("caution", "."), finding, Finding("caution", ".")]})
+    assert (said[0].level, said[0].text) == (
+        "caution",
+        "Do not read as probabilities: m (too high by 0.61, no interval).",
+    )
