@@ -1,8 +1,9 @@
 """Every source of uncertainty through the whole chain: ensemble, flips, injected dropout, nnU-Net, label maps."""
 
 import json
-import shutil
+import os
 import pickle
+from contextlib import contextmanager
 
 import nibabel as nib
 import numpy as np
@@ -188,17 +189,31 @@ def test_an_npz_without_its_properties_stops_before_anything_runs(study):
         hidden.write_bytes(content)
 
 
-def test_passes_depend_on_the_rate_and_on_nothing_else_that_is_fitted(study, tmp_path):
+@contextmanager
+def put_back(*paths):
+    """Give files the content and dates they had; tests run in whatever order on one study."""
+    held = {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in paths}
+    try:
+        yield
+    finally:
+        for path, (content, date) in held.items():
+            path.write_bytes(content)
+            os.utime(path, ns=(date, date))
+
+
+def test_passes_depend_on_the_rate_and_on_nothing_else_that_is_fitted(study):
     # a corrected reference in the calibration split: the rate is chosen anew, and comes out the same
-    study = shutil.copytree(study, tmp_path / "study")  # other tests, in whatever order, see the study as it was
     path = study / "data/p2/p2_seg.nii.gz"
-    image = nib.load(path)
-    codes = np.asanyarray(image.dataobj).copy()
-    codes[5, 6, 4] = 0
-    nib.save(nib.Nifti1Image(codes, image.affine), path)
-    before = {name: (study / f"results/injected/inject/{name}.json").read_text() for name in ("rate", "chosen")}
-    snakemake(study, "results/injected/inject/rate.json")
-    after = {name: (study / f"results/injected/inject/{name}.json").read_text() for name in ("rate", "chosen")}
-    assert after["rate"] != before["rate"]
-    assert after["chosen"] == before["chosen"]
-    assert "sample" not in planned(study)
+    fitted = {name: study / f"results/injected/inject/{name}.json" for name in ("rate", "chosen")}
+    with put_back(path, *fitted.values()):
+        image = nib.load(path)
+        codes = np.asanyarray(image.dataobj).copy()
+        codes[5, 6, 4] = 0
+        nib.save(nib.Nifti1Image(codes, image.affine), path)
+        before = {name: file.read_text() for name, file in fitted.items()}
+        snakemake(study, "results/injected/inject/rate.json")
+        after = {name: file.read_text() for name, file in fitted.items()}
+        assert after["rate"] != before["rate"]
+        assert after["chosen"] == before["chosen"]
+        assert "sample" not in planned(study)
+    assert planned(study) == {}
