@@ -8,7 +8,7 @@ SHELL = /bin/bash
 .PHONY: help demo test test-fast test-slurm stress-slurm lint format bench-tally bench-cohort bench-coverage bench-sample bench-allocation bench-dag clean
 
 help:
-	@echo "make demo       draw a demo cohort, train small networks, evaluate them (about 8 minutes on 2 cores)"
+	@echo "make demo       draw a demo cohort, train small networks, evaluate them (about 10 minutes on 2 cores)"
 	@echo "make test       all tests;  make test-fast: the inner loop, under 2 minutes"
 	@echo "make test-slurm      the workflow and its faults on a real SLURM, started for it; make stress-slurm REPEAT=20"
 	@echo "make lint       ruff, snakefmt, snakemake --lint;  make format: let them mend what they can"

@@ -147,9 +147,8 @@ def figures_of_pair(rows, patients, first, second, pages):
             Panel(name, region, chart, f"{above} of {len(points)} patients have a higher Dice under {second}")
         )
     caption = (
-        f"Every point is a patient: its Dice under {first} (across) and under {second} (up). On the "
-        "dotted line both are "
-        "equal. Points far from it are patients that one model fails on and the other does not."
+        f"Every point is a patient: its Dice under {first} (across) and under {second} (up). On the dotted line both "
+        "are equal. Points far from it are patients that one model fails on and the other does not."
     )
     found.append(Figure(f"{key}_dice", "On which patients do they disagree?", caption, panels))
     return [figure for figure in found if figure.drawn]

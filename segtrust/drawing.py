@@ -8,7 +8,8 @@ import vl_convert
 from segtrust.charts import INK, LINE, MUTED, PAPER
 from segtrust.files import replacing
 
-LIGHT = {PAPER: "#ffffff", INK: "#1b1f24", MUTED: "#5b6470", LINE: "#e1e5ea"}
+# as in the style sheet of the pages
+LIGHT = {PAPER: "#ffffff", INK: "#1b1f24", MUTED: "#5b6470", LINE: "#dfe4ea"}
 DARK = {PAPER: "#1b1f26", INK: "#e8eaed", MUTED: "#a3acb7", LINE: "#343b45"}
 VEGA_LITE = "6.4"
 PNG_DOTS_PER_INCH = 300

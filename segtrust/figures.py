@@ -160,9 +160,8 @@ def _reliability(run, kind, n_bins, people):
         heading = "Is a probability of 0.8 right eight times in ten?"
         reading = (
             "Across: mean probability of the region in a bin. Up: fraction of its voxels that the reference calls the "
-            "region. A calibrated model follows the dotted diagonal; below it, probabilities are too high. "
-            "This is what "
-            "`ece_class_probability` sums up."
+            "region. A calibrated model follows the dotted diagonal; below it, probabilities are too high. This is "
+            "what `ece_class_probability` sums up."
         )
     else:
         heading = "Is the chosen label right as often as its confidence says?"
@@ -224,10 +223,9 @@ def _from_zero(points):
 def _roc(run, people):
     caption = (
         "ROC of uncertainty against error. As the threshold falls, more voxels are flagged as uncertain. Up: share of "
-        "the wrong voxels that are flagged; across: share of the correct ones. The higher and further "
-        "left, the better; "
-        f"the area is the AUROC, 0.5 (the diagonal) is chance. {BASELINES} On a mask with many easy voxels, such as "
-        f"`brain`, every line is high. {people:,} patients pooled."
+        "the wrong voxels that are flagged; across: share of the correct ones. The higher and further left, the "
+        f"better; the area is the AUROC, 0.5 (the diagonal) is chance. {BASELINES} On a mask with many easy voxels, "
+        f"such as `brain`, every line is high. {people:,} patients pooled."
     )
     return _ranking(run, "roc", "roc", ("auroc",), charts.roc, "Are wrong voxels the uncertain ones?", caption)
 
@@ -288,13 +286,11 @@ def _distances(run, people):
         return charts.distances(points, region), f"within 1 mm outside: {said}" if said else ""
 
     caption = (
-        "By distance to the surface of the reference, outside to the left and inside to the right: how "
-        "often a voxel is "
-        "labelled wrong (coloured) and how uncertain it is (grey, dashed), with 95 % intervals over subjects. Errors "
-        "lie at the surface. Good: entropy falls with the error rate on both sides. Entropy that stays "
-        "low while errors "
-        "reach far from the surface misses whole parts of a tumour, and that is what boundary distance cannot tell "
-        f"either. {people:,} patients pooled."
+        "By distance to the surface of the reference, outside to the left and inside to the right: how often a voxel "
+        "is labelled wrong (coloured) and how uncertain it is (grey, dashed), with 95 % intervals over subjects. "
+        "Errors lie at the surface. Good: entropy falls with the error rate on both sides. Entropy that stays low "
+        "while errors reach far from the surface misses whole parts of a tumour, and that is what boundary distance "
+        f"cannot tell either. {people:,} patients pooled."
     )
     panels = _panels(run, "distances", chart_of, "no voxel has a distance to its reference")
     return Figure("distances", "Where do errors and uncertainty lie?", caption, panels)
@@ -427,11 +423,10 @@ def _scatter(run, pages):
 
     caption = (
         "Every point is a patient, as large as its predicted volume: mean entropy in `predicted_5mm` against Dice. "
-        f"Dotted: a Dice of {number(threshold, 2)}, below which a segmentation counts as failed. Good: "
-        "points fall from "
-        "upper left to lower right. Points at the lower left are failures that the score does not see. Small tumours "
-        "often have both low Dice and high entropy, so look whether the trend holds among points of one size. Patients "
-        "without a predicted region have no score and are not drawn."
+        f"Dotted: a Dice of {number(threshold, 2)}, below which a segmentation counts as failed. Good: points fall "
+        "from upper left to lower right. Points at the lower left are failures that the score does not see. Small "
+        "tumours often have both low Dice and high entropy, so look whether the trend holds among points of one size. "
+        "Patients without a predicted region have no score and are not drawn."
     )
     panels = _panels(run, "scatter", chart_of, "no patient has both a score and a Dice")
     return Figure("scatter", "Does a patient’s uncertainty tell its Dice?", caption, panels)
@@ -450,9 +445,8 @@ def _risk_coverage(run, people):
         return charts.risk_coverage(rows[["measure", "x", "y", "n"]], region), ", ".join(said)
 
     caption = (
-        "Mean risk, 1 − Dice, of the patients kept when the most uncertain are set aside; the dotted "
-        "line is the risk of "
-        "all. Good: a line that rises from left to right, and lies below the grey ones: `deterministic_entropy`, "
+        "Mean risk, 1 − Dice, of the patients kept when the most uncertain are set aside; the dotted line is the risk "
+        "of all. Good: a line that rises from left to right, and lies below the grey ones: `deterministic_entropy`, "
         "`boundary_proximity`, and `predicted_volume`, which asks for no uncertainty at all. Patients without a "
         f"predicted region have no score and are not counted. At most {people:,} patients."
     )
@@ -481,13 +475,12 @@ def _qu_brats(run, people):
         return charts.qu_brats(rows[["part", "x", "y", "low", "high"]], region), ", ".join(said)
 
     caption = (
-        "The three curves of the QU-BraTS score (Mehta 2022): voxels with more than τ of 100 × entropy "
-        "are dropped. Good: "
-        "the Dice of what is kept (solid) rises towards small τ, while few true positives (dashed) and true negatives "
-        "(dotted) are dropped. The score is the mean of the area under the first and of one minus the areas under the "
-        "others. Two references on the same segmentation stand beside it under each chart: a map that is zero "
-        f"everywhere, which can outscore entropy, and an oracle that marks exactly the errors. Mean over {people:,} "
-        "patients with 95 % bands."
+        "The three curves of the QU-BraTS score (Mehta 2022): voxels with more than τ of 100 × entropy are dropped. "
+        "Good: the Dice of what is kept (solid) rises towards small τ, while few true positives (dashed) and true "
+        "negatives (dotted) are dropped. The score is the mean of the area under the first and of one minus the areas "
+        "under the others. Two references on the same segmentation stand beside it under each chart: a map that is "
+        "zero everywhere, which can outscore entropy, and an oracle that marks exactly the errors. Mean over "
+        f"{people:,} patients with 95 % bands."
     )
     panels = _panels(run, "qu_brats", chart_of, "no patient has a curve")
     return Figure("qu_brats", "QU-BraTS: what is lost when uncertain voxels are dropped?", caption, panels)

@@ -240,7 +240,7 @@ def _overview(sections):
             for section in sections
         ]
         findings = {section["name"]: section["verdicts"][region] for section in sections}
-        shown.append({"region": region, "headlines": headlines(region, findings), "rows": rows})
+        shown.append({"region": region, "headlines": headlines(findings), "rows": rows})
     return shown
 
 
@@ -400,9 +400,8 @@ def _write_tables(run, written, table, n_bins):
         "main": (
             pd.DataFrame(lines),
             main,
-            f"{run.name}: segmentation, ranking of errors and calibration, with 95 % intervals over "
-            f"subjects; {people}, "
-            f"{n_bins} bins.",
+            f"{run.name}: segmentation, ranking of errors and calibration, with 95 % intervals over subjects; "
+            f"{people}, {n_bins} bins.",
         ),
         "strata": (
             run.strata,

@@ -19,17 +19,7 @@ from segtrust.volumes import read_reference
 # an id that can be part of a file's name
 PATTERN = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
 
-_STYLE = {
-    "font.family": "DejaVu Sans",
-    "font.size": 9,
-    "axes.linewidth": 0.8,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "xtick.major.size": 3,
-    "ytick.major.size": 3,
-    "svg.hashsalt": "segtrust",  # the same tables give the same bytes
-    "svg.fonttype": "path",
-}
+_STYLE = {"font.family": "DejaVu Sans", "font.size": 9}
 
 
 def save_slice(figure, path):

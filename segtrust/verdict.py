@@ -14,7 +14,6 @@ ERROR_LARGE = 0.10
 ERROR_OF_A_BIN = 0.15
 GAP_SHARE = 0.5
 
-
 LEVELS = ("good", "caution", "bad", "unknown")
 # what to do with a model's probabilities, in the order it is said
 ADVICE = {
@@ -43,7 +42,7 @@ class Finding:
 def verdict_rules():
     """Return the rules of `verdict` in words, for the page."""
     return [
-        "Without an interval nothing is called good or bad, only to be read with care.",
+        "Without an interval nothing is marked good or bad.",
         f"Ranking: AUROC of entropy on brain, pooled. From {AUROC_WELL:.2f} it ranks errors well, from "
         f"{AUROC_MODERATE:.2f} moderately, below poorly. A baseline that comes within {BASELINE_MARGIN:.2f} of it, or "
         "above, is named: where that is the entropy of one ordinary pass, more passes add nothing to the ranking; "
@@ -77,8 +76,8 @@ def verdict(region, cells, groups):
     return [_ranking(cells), _calibration(region, cells), _triage(region, groups)]
 
 
-def headlines(region, findings):
-    """Say of a region which models to trust and which not, from the verdicts of all; a list of Findings.
+def headlines(findings):
+    """Say of one region which models to trust and which not, from the verdicts of all; a list of Findings.
 
     findings : {model: Findings of `verdict`}
     """

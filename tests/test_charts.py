@@ -2,6 +2,7 @@
 
 import re
 from io import StringIO
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -60,6 +61,13 @@ def test_charts_are_coloured_for_light_and_dark_pages(diagram):
     light, dark = coloured(svg, LIGHT), coloured(svg, DARK)
     assert "var(--" not in light + dark
     assert (DARK[charts.INK] in dark, LIGHT[charts.INK] in dark) == (True, False)
+
+
+def test_pictures_have_the_colours_of_the_page():
+    css = (Path(charts.__file__).parent / "templates" / "style.css").read_text(encoding="utf-8")
+    light, dark = (dict(re.findall(r"(--[a-z]+): (#[0-9a-f]{6})", part)) for part in css.split("@media", 2)[:2])
+    for colours, named in ((LIGHT, light), (DARK, dark)):
+        assert colours == {f"var({name})": named[name] for name in ("--paper", "--ink", "--muted", "--line")}
 
 
 def test_the_same_chart_is_the_same_file_whatever_was_drawn_before(diagram):

@@ -176,7 +176,7 @@ def headlines_of(**levels):
         model: [Finding(ranking, "."), Finding(*calibration), Finding("good", ".")]
         for model, (ranking, calibration) in levels.items()
     }
-    return [(finding.level, finding.text) for finding in headlines("ET", findings)]
+    return [(finding.level, finding.text) for finding in headlines(findings)]
 
 
 def test_models_are_sorted_by_whether_their_probabilities_can_be_read():
@@ -211,7 +211,7 @@ def test_a_calibration_finding_has_a_short_form_for_the_headline():
 
 def test_a_large_error_without_an_interval_is_not_read_with_care():
     finding = sentences("WT", ece_top_label=Cell(0.62), gap=Cell(0.61))[1]
-    said = headlines("WT", {"m": [Finding("caution", "."), finding, Finding("caution", ".")]})
+    said = headlines({"m": [Finding("caution", "."), finding, Finding("caution", ".")]})
     assert (said[0].level, said[0].text) == (
         "caution",
         "Do not read as probabilities: m (too high by 0.61, no interval).",
